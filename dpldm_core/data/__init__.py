@@ -1,0 +1,1 @@
+"""Sources, public schema and split of image records."""

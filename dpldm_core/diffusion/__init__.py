@@ -1,0 +1,1 @@
+"""Losses, schedules and samplers: pure functions of a denoiser."""

@@ -1,0 +1,1 @@
+"""Internal measurements of a release. Says which inputs are private."""

@@ -1,0 +1,1 @@
+"""Networks. Says no word of privacy."""

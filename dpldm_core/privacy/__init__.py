@@ -1,0 +1,1 @@
+"""Mechanisms, accounting, noise and ledger. Knows no images."""

@@ -1,0 +1,279 @@
+"""Privacy accounting: events in, (epsilon, delta) out. The only file that imports dp_accounting.
+
+The published number is the PLD accountant's (Doroshenko et al. 2022, "connect the dots"), an upper bound for any
+discretisation interval. Opacus' PRV accountant and RDP are alarms: they must agree before a number is published.
+
+What may never change: an event written by an old version keeps its meaning. Noise multipliers in events are the
+standard deviation over the L2 norm that one record is clipped to, under both relations; PLD doubles the sensitivity
+itself under REPLACE_ONE. (RdpAccountant does not, so it is never asked under REPLACE_ONE.)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from typing import Any
+
+import dp_accounting
+from dp_accounting import NeighboringRelation
+from dp_accounting import dp_event as dpe
+from dp_accounting.pld import PLDAccountant
+from dp_accounting.rdp import RdpAccountant
+
+from dpldm_core.errors import AccountingError
+
+DpEvent = dpe.DpEvent
+__all__ = [
+    "DpEvent",
+    "NeighboringRelation",
+    "accountant_versions",
+    "compose",
+    "cross_check",
+    "epsilon",
+    "event_from_json",
+    "event_to_json",
+    "gaussian_event",
+    "poisson_gaussian_event",
+    "rdp_epsilon",
+    "relation_from_name",
+    "solve_scale",
+]
+
+VALUE_DISCRETIZATION_INTERVAL = 1e-3
+# Share of delta kept back for the truncation of Poisson batches (docs/decisions/0006).
+TRUNCATION_DELTA_SHARE = 1e-6
+
+
+def gaussian_event(noise_multiplier: float) -> DpEvent:
+    """One Gaussian release whose noise has ``noise_multiplier`` times the L2 clip norm as standard deviation."""
+    return dpe.GaussianDpEvent(noise_multiplier)
+
+
+def poisson_gaussian_event(sample_rate: float, noise_multiplier: float, num_steps: int) -> DpEvent:
+    """``num_steps`` Gaussian releases, each on a fresh Poisson sample (Abadi et al. 2016, DP-SGD)."""
+    step = dpe.PoissonSampledDpEvent(sample_rate, dpe.GaussianDpEvent(noise_multiplier))
+    return dpe.SelfComposedDpEvent(step, num_steps)
+
+
+def compose(events: Sequence[DpEvent]) -> DpEvent:
+    """All events together."""
+    return dpe.ComposedDpEvent(list(events))
+
+
+def relation_from_name(name: str) -> NeighboringRelation:
+    """The relation of dp-accounting's name, for example ``ADD_OR_REMOVE_ONE``."""
+    try:
+        return NeighboringRelation[name]
+    except KeyError:
+        known = ", ".join(r.name for r in NeighboringRelation)
+        raise AccountingError(f"neighboring_relation={name!r} is unknown. Known: {known}") from None
+
+
+def epsilon(
+    events: Sequence[DpEvent],
+    delta: float,
+    relation: NeighboringRelation,
+    *,
+    interval: float = VALUE_DISCRETIZATION_INTERVAL,
+) -> float:
+    """Epsilon of all events together at ``delta``, by the PLD accountant.
+
+    Args:
+        events: Everything released.
+        delta: Target delta; a 1e-6th of it is kept back for batch truncation.
+        relation: Neighbouring relation.
+        interval: Discretisation interval of the privacy loss; smaller is tighter and slower.
+
+    Returns:
+        An upper bound on epsilon.
+
+    Raises:
+        AccountingError: An event is unknown to the accountant under this relation.
+
+    >>> round(epsilon([gaussian_event(1.0)], 1e-5, NeighboringRelation.ADD_OR_REMOVE_ONE), 2)
+    4.38
+    """
+    if not events:
+        return 0.0
+    accountant = PLDAccountant(relation, interval)
+    try:
+        accountant.compose(compose(events))
+    except dp_accounting.UnsupportedEventError as error:
+        raise AccountingError(f"the PLD accountant does not know an event under {relation.name}: {error}") from error
+    return float(accountant.get_epsilon(delta * (1.0 - TRUNCATION_DELTA_SHARE)))
+
+
+def rdp_epsilon(events: Sequence[DpEvent], delta: float) -> float:
+    """Epsilon under ADD_OR_REMOVE_ONE by Renyi DP (Mironov et al. 2019): looser than PLD, an upper alarm."""
+    accountant = RdpAccountant(neighboring_relation=NeighboringRelation.ADD_OR_REMOVE_ONE)
+    return float(accountant.compose(compose(events)).get_epsilon(delta))
+
+
+def cross_check(events: Sequence[DpEvent], delta: float, relation: NeighboringRelation) -> dict[str, float]:
+    """Ask independent accountants and refuse when they disagree.
+
+    Under ADD_OR_REMOVE_ONE: PLD lies within PRV's error bounds and below RDP. Under REPLACE_ONE (a removal and an
+    addition): PLD lies between the add-or-remove epsilon and the group-privacy bound for two changes.
+
+    Args:
+        events: Everything released.
+        delta: Target delta.
+        relation: Neighbouring relation of the statement.
+
+    Returns:
+        Epsilon by each accountant that was asked.
+
+    Raises:
+        AccountingError: They disagree; nothing may be published.
+    """
+    from dpldm_core.privacy.opacus_backend import prv_epsilon
+
+    ours = epsilon(events, delta, relation)
+    if relation is NeighboringRelation.ADD_OR_REMOVE_ONE:
+        upper = rdp_epsilon(events, delta)
+        prv_lower, prv_upper = prv_epsilon(gaussian_steps(events), delta)
+        checks = {"pld": ours, "prv_lower": prv_lower, "prv_upper": prv_upper, "rdp": upper}
+        agree = prv_lower <= ours <= prv_upper + 1e-3 * ours and ours <= upper + 1e-6
+    else:
+        lower = epsilon(events, delta, NeighboringRelation.ADD_OR_REMOVE_ONE)
+        upper = _group_privacy_epsilon(events, delta)
+        checks = {"pld": ours, "lower": lower, "group_privacy": upper}
+        agree = lower - 1e-6 <= ours <= upper + 1e-6
+    if not agree or not math.isfinite(ours):
+        raise AccountingError(f"the accountants disagree, nothing is published: {checks}")
+    return checks
+
+
+def _group_privacy_epsilon(events: Sequence[DpEvent], delta: float) -> float:
+    """An upper bound for two changed records: (eps, d) gives (2 eps, (1 + e^eps) d); Vadhan 2017, Lemma 2.2."""
+    eps = rdp_epsilon(events, delta)
+    for _ in range(100):  # the fixed point eps = rdp_epsilon(delta / (1 + e^eps)), from below
+        inner = rdp_epsilon(events, delta / (1.0 + math.exp(min(eps, 500.0))))
+        if inner <= eps:
+            break
+        eps = inner * 1.02
+    return 2 * eps
+
+
+def gaussian_steps(events: Sequence[DpEvent]) -> list[tuple[float, float, int]]:
+    """The events as Opacus' history: (noise_multiplier, sample_rate, num_steps) each."""
+    steps: list[tuple[float, float, int]] = []
+
+    def walk(event: DpEvent, count: int) -> None:
+        if isinstance(event, dpe.SelfComposedDpEvent):
+            walk(event.event, count * event.count)
+        elif isinstance(event, dpe.ComposedDpEvent):
+            for child in event.events:
+                walk(child, count)
+        elif isinstance(event, dpe.GaussianDpEvent):
+            steps.append((event.noise_multiplier, 1.0, count))
+        elif isinstance(event, dpe.PoissonSampledDpEvent) and isinstance(event.event, dpe.GaussianDpEvent):
+            steps.append((event.event.noise_multiplier, event.sampling_probability, count))
+        elif not isinstance(event, dpe.NoOpDpEvent):
+            raise AccountingError(f"no second accountant knows {type(event).__name__}; nothing is published")
+
+    for event in events:
+        walk(event, 1)
+    return steps
+
+
+def event_to_json(event: DpEvent) -> dict[str, Any]:
+    """A DpEvent as nested plain JSON: ``class_name`` and dp-accounting's own field names.
+
+    >>> event_to_json(poisson_gaussian_event(0.1, 2.0, 30))["event"]["event"]
+    {'class_name': 'GaussianDpEvent', 'noise_multiplier': 2.0}
+    """
+
+    def plain(value: Any) -> Any:
+        if hasattr(value, "_asdict"):
+            return {k: plain(v) for k, v in value._asdict().items() if k != "module_name"}
+        if isinstance(value, list | tuple):
+            return [plain(v) for v in value]
+        return value
+
+    return plain(event.to_named_tuple())
+
+
+def event_from_json(data: dict[str, Any]) -> DpEvent:
+    """The inverse of :func:`event_to_json`.
+
+    Raises:
+        AccountingError: An unknown class, or a missing, extra or non-finite field.
+    """
+    if not isinstance(data, dict) or "class_name" not in data:
+        raise AccountingError(f"not an event: {data!r}")
+    name = str(data["class_name"])
+    cls = getattr(dpe, name, None)
+    if not (isinstance(cls, type) and issubclass(cls, dpe.DpEvent)):
+        raise AccountingError(f"event class_name={name!r} is unknown to dp-accounting {version('dp-accounting')}")
+
+    def build(value: Any) -> Any:
+        if isinstance(value, dict):
+            return event_from_json(value)
+        if isinstance(value, list):
+            return [build(v) for v in value]
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
+            raise AccountingError(f"event {name} holds {value!r}, which is not a non-negative finite number")
+        return value
+
+    try:
+        return cls(**{k: build(v) for k, v in data.items() if k != "class_name"})
+    except TypeError as error:
+        raise AccountingError(f"event {name} has wrong fields: {error}") from None
+
+
+def solve_scale(
+    events_of: Callable[[float], Sequence[DpEvent]],
+    target_epsilon: float,
+    delta: float,
+    relation: NeighboringRelation,
+    *,
+    rel_tol: float = 2e-3,
+) -> float:
+    """The scale at which a family of event lists costs the target epsilon, never more.
+
+    Args:
+        events_of: Events for a scale mu > 0; cost must grow with mu (mu is a total Gaussian-DP parameter).
+        target_epsilon: Epsilon asked for.
+        delta: Delta asked for.
+        relation: Neighbouring relation of the statement.
+        rel_tol: The epsilon found lies in [(1 - rel_tol) target, target].
+
+    Returns:
+        The scale, by bracketing and regula falsi in log space.
+
+    Raises:
+        AccountingError: No scale in [1e-4, 1e3] meets the target.
+    """
+
+    def cost(scale: float) -> float:
+        return epsilon(events_of(scale), delta, relation)
+
+    low, high = 1e-4, max(1e-3, target_epsilon / 2)
+    while cost(high) < target_epsilon:
+        low, high = high, high * 2
+        if high > 1e3:
+            raise AccountingError(f"epsilon={target_epsilon} cannot be spent by this plan at delta={delta}")
+    best = 0.0
+    for _ in range(60):
+        middle = math.sqrt(low * high)
+        spent = cost(middle)
+        if spent <= target_epsilon:
+            best, low = middle, middle
+            if spent >= (1 - rel_tol) * target_epsilon:
+                return middle
+        else:
+            high = middle
+    if best == 0.0:
+        raise AccountingError(f"epsilon={target_epsilon} is too small for this plan at delta={delta}")
+    return best
+
+
+def accountant_versions() -> dict[str, str]:
+    """Names and versions of the accountants behind a report."""
+    return {
+        "published": f"dp-accounting {version('dp-accounting')} PLDAccountant",
+        "value_discretization_interval": str(VALUE_DISCRETIZATION_INTERVAL),
+        "cross_check": f"opacus {version('opacus')} PRVAccountant; dp-accounting RdpAccountant",
+    }

@@ -1,0 +1,159 @@
+"""DP-SGD: one step = Poisson batch, clipped sum, noise. Loop and accountant read the same plan.
+
+The gradient handed to the optimizer is (clipped sum + noise) / (sigma C): its noise has unit variance. Nothing divides by
+a batch size, because the real one is private and the expected one would need the private number of records.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dpldm_core.errors import UnsupportedLayerError
+from dpldm_core.privacy.clipping import BookKeeping
+from dpldm_core.privacy.plan import DpSgdPlan
+from dpldm_core.rng import SecretKey
+
+Batch = dict[str, Tensor]
+BatchLoss = Callable[[nn.Module, Batch], Tensor]
+
+
+class DpSgdEngine:
+    """Turns units into noisy gradients, step by step.
+
+    Args:
+        model: The network to train; see :class:`BookKeeping` for what it may hold.
+        plan: q, sigma, T and C.
+        key: Secret key of this run. Batches and noise of step t are functions of (key, t): a resumed run repeats them.
+        loss: ``loss(model, batch) -> [units]``, one loss per unit, without any mixing of units.
+        probe: A batch of made-up units of the right shapes, on which the clip is checked before private data is touched.
+        physical_batch_size: Units per forward pass; cannot change the result beyond float rounding.
+
+    Raises:
+        UnsupportedLayerError: The model or the loss does something whose sensitivity is not C.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        plan: DpSgdPlan,
+        key: SecretKey,
+        *,
+        loss: BatchLoss,
+        probe: Batch,
+        physical_batch_size: int,
+    ) -> None:
+        self.plan = plan
+        self._model = model
+        self._loss = loss
+        self._physical = physical_batch_size
+        self._sampling_key, self._noise = key.derive("poisson"), plan.noise(key.derive("noise"))
+        check_bounded(model, loss, probe)
+        self._book = BookKeeping(model, max_norm=plan.max_grad_norm)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="dp-noise")
+        self._ahead: tuple[int, Future[np.ndarray]] | None = None
+
+    def batch_indices(self, step: int, num_units: int) -> np.ndarray:
+        """Unit indices of one step, int64 [cap], -1 where padded. Private."""
+        return self.plan.sample_batch(self._sampling_key, step, num_units)
+
+    def noisy_step(self, step: int, num_units: int, fetch: Callable[[Tensor], Batch]) -> None:
+        """Put the noisy gradient of one step into ``.grad`` of every trainable parameter.
+
+        Args:
+            step: Logical step, 0 to num_steps - 1.
+            num_units: Units in the private data.
+            fetch: Batch of the units with the given indices; padded rows are masked here and may hold anything.
+
+        Raises:
+            ValueError: A step beyond the plan.
+        """
+        if not 0 <= step < self.plan.num_steps:
+            raise ValueError(f"step={step} is outside the plan's {self.plan.num_steps} steps: it would not be charged")
+        noise = self._take_noise(step)
+        indices = self.batch_indices(step, num_units)
+        total = np.zeros(self._book.num_parameters)
+        for chunk in np.array_split(indices, math.ceil(len(indices) / self._physical)):
+            chosen = torch.from_numpy(chunk)
+            batch = fetch(chosen.clamp(min=0))
+            mask = (chosen >= 0).to(next(iter(batch.values())).device)
+            sums = self._book.clipped_sum(lambda batch=batch: self._loss(self._model, batch), mask)  # type: ignore[misc]
+            total += torch.cat([s.flatten() for s in sums]).cpu().numpy()
+        self._set_gradients(self._noise.add(total, noise.result()))
+
+    def _take_noise(self, step: int) -> Future[np.ndarray]:
+        """The noise of this step; that of the next is drawn meanwhile on an idle thread."""
+        size = self._book.num_parameters
+        current = (
+            self._ahead[1]
+            if self._ahead and self._ahead[0] == step
+            else self._thread.submit(self._noise.draw, step, size)
+        )
+        self._ahead = (step + 1, self._thread.submit(self._noise.draw, step + 1, size))
+        return current
+
+    def _set_gradients(self, noisy_sum: np.ndarray) -> None:
+        scale = 1.0 / (self.plan.noise_multiplier * self.plan.max_grad_norm)
+        flat = torch.from_numpy(noisy_sum * scale)
+        offset = 0
+        for parameter in self._book.parameters:
+            part = flat[offset : offset + parameter.numel()]
+            parameter.grad = part.reshape(parameter.shape).to(parameter.device, parameter.dtype)
+            offset += parameter.numel()
+
+
+def check_bounded(model: nn.Module, loss: BatchLoss, probe: Batch, *, tolerance: float = 1e-3) -> None:
+    """Check on made-up units that every unit's clipped gradient is its own.
+
+    The clipped sum of the probe must equal the sum of clipped gradients that plain autograd finds for each unit alone.
+    That fails for batch statistics, functional use of a weight, losses that mix units: everything hooks cannot see.
+    The check runs on a copy with random weights, since freshly initialised zero layers would hide a fault.
+
+    Args:
+        model: The network.
+        loss: As for :class:`DpSgdEngine`.
+        probe: At least two made-up units.
+        tolerance: Relative to the clip norm.
+
+    Raises:
+        UnsupportedLayerError: The clipped sums differ.
+    """
+    twin = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(0)  # public: no private data is read here
+    with torch.no_grad():
+        for p in twin.parameters():
+            if p.requires_grad:
+                fan_in = p[0].numel() if p.ndim > 1 else p.numel()
+                p.copy_(torch.randn(p.shape, generator=generator) / math.sqrt(fan_in))
+    book = BookKeeping(twin, max_norm=1.0)
+    units = next(iter(probe.values())).shape[0]
+    alone = []
+    for i in range(units):
+        one = {k: v[i : i + 1] for k, v in probe.items()}
+        gradients = torch.autograd.grad(loss(twin, one).sum(), book.parameters, allow_unused=True)
+        alone.append(
+            torch.cat(
+                [
+                    (torch.zeros_like(p) if g is None else g).flatten()
+                    for g, p in zip(gradients, book.parameters, strict=True)
+                ]
+            )
+        )
+    norms = [float(g.norm()) for g in alone]
+    book.max_norm = max(0.5 * sorted(norms)[len(norms) // 2], 1e-12)  # some units are clipped, some are not
+    expected = torch.stack(
+        [g * min(1.0, book.max_norm / max(n, 1e-30)) for g, n in zip(alone, norms, strict=True)]
+    ).sum(0)
+    sums = book.clipped_sum(lambda: loss(twin, probe), torch.ones(units, dtype=torch.bool, device=expected.device))
+    got = torch.cat([s.flatten() for s in sums])
+    if not bool(torch.isfinite(got).all()) or float((got - expected).norm()) > tolerance * units * book.max_norm:
+        raise UnsupportedLayerError(
+            "the clipped gradient of a batch is not the sum of its units' own clipped gradients: a layer or the loss "
+            "mixes units (batch statistics, h - h.mean(0)) or uses a weight outside its layer"
+        )

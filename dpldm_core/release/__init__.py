@@ -1,0 +1,1 @@
+"""The published bundle, its card and its verifier."""

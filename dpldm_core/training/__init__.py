@@ -1,0 +1,1 @@
+"""Training loops of the two stages and their saved state."""

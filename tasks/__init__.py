@@ -1,0 +1,1 @@
+"""Flyte tasks: thin adapters between Flyte types and dpldm_core."""

@@ -1,0 +1,1 @@
+"""Flyte workflows: compose tasks, pass promises, nothing else."""
