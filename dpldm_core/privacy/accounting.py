@@ -35,6 +35,7 @@ __all__ = [
     "event_to_json",
     "gaussian_event",
     "poisson_gaussian_event",
+    "randomized_response_event",
     "rdp_epsilon",
     "relation_from_name",
     "solve_scale",
@@ -54,6 +55,11 @@ def poisson_gaussian_event(sample_rate: float, noise_multiplier: float, num_step
     """``num_steps`` Gaussian releases, each on a fresh Poisson sample (Abadi et al. 2016, DP-SGD)."""
     step = dpe.PoissonSampledDpEvent(sample_rate, dpe.GaussianDpEvent(noise_multiplier))
     return dpe.SelfComposedDpEvent(step, num_steps)
+
+
+def randomized_response_event(noise_parameter: float, num_buckets: int, count: int) -> DpEvent:
+    """``count`` labels, each replaced by a uniform one of ``num_buckets`` with probability ``noise_parameter``."""
+    return dpe.SelfComposedDpEvent(dpe.RandomizedResponseDpEvent(noise_parameter, num_buckets), count)
 
 
 def compose(events: Sequence[DpEvent]) -> DpEvent:
@@ -136,13 +142,26 @@ def cross_check(events: Sequence[DpEvent], delta: float, relation: NeighboringRe
         checks = {"pld": ours, "prv_lower": prv_lower, "prv_upper": prv_upper, "rdp": upper}
         agree = prv_lower <= ours <= prv_upper + 1e-3 * ours and ours <= upper + 1e-6
     else:
-        lower = epsilon(events, delta, NeighboringRelation.ADD_OR_REMOVE_ONE)
-        upper = _group_privacy_epsilon(events, delta)
+        gaussian, pure = _split_pure(events)
+        lower = epsilon(gaussian, delta, NeighboringRelation.ADD_OR_REMOVE_ONE)
+        upper = _group_privacy_epsilon(gaussian, delta) + pure
         checks = {"pld": ours, "lower": lower, "group_privacy": upper}
         agree = lower - 1e-6 <= ours <= upper + 1e-6
     if not agree or not math.isfinite(ours):
         raise AccountingError(f"the accountants disagree, nothing is published: {checks}")
     return checks
+
+
+def _split_pure(events: Sequence[DpEvent]) -> tuple[list[DpEvent], float]:
+    """The events without randomized responses, and the epsilon that basic composition gives those."""
+    rest, pure = [], 0.0
+    for event in events:
+        inner, count = (event.event, event.count) if isinstance(event, dpe.SelfComposedDpEvent) else (event, 1)
+        if isinstance(inner, dpe.RandomizedResponseDpEvent):
+            pure += count * math.log1p(inner.num_buckets * (1 - inner.noise_parameter) / inner.noise_parameter)
+        else:
+            rest.append(event)
+    return rest, pure
 
 
 def _group_privacy_epsilon(events: Sequence[DpEvent], delta: float) -> float:

@@ -102,7 +102,7 @@ class GaussianSumPlan(_Frozen):
 
 
 class GaussianRecordPlan(_Frozen):
-    """Every record's own clipped vector with noise (a local mechanism): stated under REPLACE_ONE only.
+    """Every record's own clipped vector with noise, a local mechanism: stated under REPLACE_ONE only.
 
     The list of outputs shows how many records there are, so no add-or-remove statement exists.
     """
@@ -121,7 +121,32 @@ class GaussianRecordPlan(_Frozen):
         return GaussianNoise(key, noise_multiplier=self.noise_multiplier, max_norm=self.max_norm)
 
 
-MechanismPlan = Annotated[DpSgdPlan | GaussianSumPlan | GaussianRecordPlan, Field(discriminator="kind")]
+class LabelPlan(_Frozen):
+    """Every record's label by randomized response (Warner 1965): stated under REPLACE_ONE only."""
+
+    kind: Literal["randomized_response"] = "randomized_response"
+    stage: str
+    num_classes: int = Field(ge=2, description="public number of classes")
+    labels_per_unit: int = Field(ge=1, description="most labels that one unit holds")
+    noise_parameter: float = Field(gt=0, le=1, description="probability that a label is replaced by a uniform one")
+
+    def event(self) -> DpEvent:
+        """What the labels release about one unit."""
+        return accounting.randomized_response_event(self.noise_parameter, self.num_classes, self.labels_per_unit)
+
+    def randomize(self, key: SecretKey, labels: np.ndarray) -> np.ndarray:
+        """Released labels, int64 [n].
+
+        Args:
+            key: Secret key of this mechanism.
+            labels: Private labels, int64 [n].
+        """
+        replace = key.uint64(0, len(labels)) < np.uint64(min(math.ceil(self.noise_parameter * 2.0**64), 2**64 - 1))
+        uniform = (key.uint64(1, len(labels)) % np.uint64(self.num_classes)).astype(np.int64)
+        return np.where(replace, uniform, labels)
+
+
+MechanismPlan = Annotated[DpSgdPlan | GaussianSumPlan | GaussianRecordPlan | LabelPlan, Field(discriminator="kind")]
 
 
 class ReleasePlan(_Frozen):
@@ -250,6 +275,9 @@ def _with_mu(plan: MechanismPlan, mu: float, target_epsilon: float, delta: float
         multiplier = dp_sgd_multiplier(mu, sample_rate=plan.sample_rate, num_steps=plan.num_steps)
         tail = truncation_probability(delta=delta, epsilon=target_epsilon, num_steps=plan.num_steps)
         return plan.model_copy(update={"noise_multiplier": multiplier, "truncation_probability": tail})
+    if isinstance(plan, LabelPlan):  # epsilon 4 mu per unit: any growing map splits a budget
+        keep = math.expm1(4 * mu / plan.labels_per_unit) / plan.num_classes
+        return plan.model_copy(update={"noise_parameter": 1.0 / (1.0 + keep)})
     return plan.model_copy(update={"noise_multiplier": gaussian_multiplier(mu)})
 
 

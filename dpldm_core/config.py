@@ -1,0 +1,115 @@
+"""The resolved configuration of a release. Frozen, plain types, unknown keys refused.
+
+Nothing that moves epsilon has a default here: presets.py and the workflow's inputs carry the values. Fields of
+``PerformanceConfig`` cannot change the guarantee.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+LatentMechanism = Literal["dp_sgd", "noised_latents"]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class DpSgdConfig(_Frozen):
+    """DP-SGD of one stage. The noise multiplier is not here: it is calibrated to the asked epsilon."""
+
+    sample_rate: float = Field(gt=0, le=1, description="Poisson inclusion probability of a unit per step; public")
+    num_steps: int = Field(ge=1, description="logical optimizer steps")
+    max_grad_norm: float = Field(gt=0, description="per-unit L2 clip norm")
+    learning_rate: float = Field(gt=0, description="Adam's, for gradients whose noise has unit variance")
+    ema_decay: float = Field(ge=0, lt=1, description="of the average over steps")
+    budget_share: float = Field(gt=0, le=1, description="share of the squared Gaussian-DP budget; all shares sum to 1")
+
+
+class AutoencoderConfig(_Frozen):
+    """Stage 1."""
+
+    frequencies: int = Field(ge=2, le=64, description="cosine frequencies kept per axis and channel")
+    refiner_channels: int = Field(ge=1, description="width of the convolutions")
+    procedural_steps: int = Field(ge=0, description="steps on procedural images before private data; free")
+    procedural_batch_size: int = Field(ge=1, description="procedural images per step")
+    dp_sgd: DpSgdConfig
+
+
+class PriorConfig(_Frozen):
+    """The one-shot Gaussian prior that stage 2 starts from."""
+
+    clip_norm: float = Field(gt=0, description="L2 norm of a latent over sqrt(latent_dim) that it is clipped to")
+    variance_floor: float = Field(gt=0, description="smallest variance of a latent direction")
+    class_weight: float = Field(ge=0, le=1, description="trust in class covariances below the noise edge")
+    budget_share: float = Field(gt=0, le=1, description="share of the squared Gaussian-DP budget")
+
+
+class DiffusionConfig(_Frozen):
+    """Stage 2."""
+
+    width: int = Field(ge=8, description="hidden width of the denoiser")
+    depth: int = Field(ge=1, description="residual blocks of the denoiser")
+    sigma_data: float = Field(gt=0, description="standard deviation of a latent coordinate; a public constant")
+    P_mean: float = Field(description="mean of ln sigma in training")
+    P_std: float = Field(gt=0, description="standard deviation of ln sigma in training")
+    noise_multiplicity: int = Field(ge=1, description="noise draws per record, averaged before the clip; free")
+    dp_sgd: DpSgdConfig
+
+
+class NoisedLatentsConfig(_Frozen):
+    """Used by latent_mechanism noised_latents only."""
+
+    autoencoder_share: float = Field(gt=0, lt=1, description="budget share of stage 1")
+    label_share: float = Field(gt=0, lt=1, description="budget share of the labels' randomized response")
+    num_steps: int = Field(ge=1, description="steps of stage 2, on released latents; free")
+    batch_size: int = Field(ge=1, description="released latents per step")
+
+
+class SamplingConfig(_Frozen):
+    """The sampler. Post-processing: free."""
+
+    num_samples: int = Field(ge=1, description="synthetic images, when the input num_samples is 0")
+    num_steps: int = Field(ge=2, description="noise levels of the Heun sampler")
+    sigma_min: float = Field(gt=0)
+    sigma_max: float = Field(gt=0)
+    S_churn: float = Field(ge=0, description="noise added back, in total")
+    num_shards: int = Field(ge=1, description="parallel sampling tasks")
+
+
+class EvaluationConfig(_Frozen):
+    """Internal measurements."""
+
+    num_epochs: int = Field(ge=1, description="epochs of the downstream classifier; fixed, nothing is selected")
+    num_seeds: int = Field(ge=1, description="classifiers trained")
+    max_frechet_images: int = Field(ge=2, description="images a side in Frechet distances")
+
+
+class PerformanceConfig(_Frozen):
+    """Knobs that cannot change the guarantee."""
+
+    physical_batch_size: int = Field(ge=1, description="units per forward pass")
+
+
+class ReleaseConfig(_Frozen):
+    """Everything that decides what a release is, resolved before any private data is read."""
+
+    dataset: str = Field(description="built-in name, or path or s3:// URI of own data")
+    epsilon: float = Field(gt=0, description="asked for the whole release")
+    delta: float = Field(gt=0, lt=1, description="asked for the whole release")
+    preset: str
+    latent_mechanism: LatentMechanism
+    num_samples: int = Field(ge=1, description="synthetic images")
+    seed: int = Field(ge=0, lt=2**62, description="of initial weights, procedural images and sampling; protects nobody")
+    num_classes: int | None = Field(default=None, ge=1, description="declared public number of classes of own data")
+    num_records: int | None = Field(default=None, ge=1, description="declared public number of records of own data")
+    max_records_per_group: int = Field(ge=1, description="most records of one person that are used")
+    autoencoder: AutoencoderConfig
+    prior: PriorConfig
+    diffusion: DiffusionConfig
+    noised_latents: NoisedLatentsConfig
+    sampling: SamplingConfig
+    evaluation: EvaluationConfig
+    performance: PerformanceConfig

@@ -1,0 +1,54 @@
+"""A Gaussian per class in latent space, and its exact denoiser."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class GaussianPrior(nn.Module):
+    """Class-conditional Gaussians N(mean_y, V_y diag(variance_y) V_y^T).
+
+    Args:
+        num_classes: Classes, 1 when there are no labels.
+        dim: Latent dimension d.
+    """
+
+    means: Tensor
+    bases: Tensor
+    variances: Tensor
+
+    def __init__(self, num_classes: int, dim: int) -> None:
+        super().__init__()
+        self.register_buffer("means", torch.zeros(num_classes, dim))
+        self.register_buffer("bases", torch.eye(dim).repeat(num_classes, 1, 1))
+        self.register_buffer("variances", torch.ones(num_classes, dim))
+
+    @torch.no_grad()
+    def set_moments(self, means: Tensor, covariances: Tensor, *, variance_floor: float) -> None:
+        """Take means [classes, d] and symmetric covariances [classes, d, d]; eigenvalues are raised to the floor."""
+        variances, bases = torch.linalg.eigh(covariances.double())
+        self.means.copy_(means)
+        self.variances.copy_(variances.clamp(min=variance_floor))
+        self.bases.copy_(bases)
+
+    def denoise(self, x: Tensor, sigma: Tensor, class_labels: Tensor) -> Tensor:
+        """Posterior mean of the clean latent: the exact denoiser of a Gaussian (Karras et al. 2022, Eq. 3 and App. B).
+
+        Args:
+            x: Noisy latents [n, d].
+            sigma: Noise standard deviations [n].
+            class_labels: int64 [n].
+
+        Returns:
+            Clean estimates [n, d].
+        """
+        out = torch.empty_like(x)
+        for label in range(len(self.means)):
+            rows = torch.nonzero(class_labels == label)[:, 0]
+            if len(rows) == 0:
+                continue
+            variance, basis = self.variances[label], self.bases[label]
+            gain = variance / (variance + sigma[rows, None].square())
+            out[rows] = self.means[label] + (((x[rows] - self.means[label]) @ basis) * gain) @ basis.T
+        return out

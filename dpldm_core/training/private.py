@@ -1,0 +1,94 @@
+"""The DP-SGD training loop that both stages share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from dpldm_core.models.ema import Ema
+from dpldm_core.privacy.engine import Batch, BatchLoss, DpSgdEngine
+from dpldm_core.privacy.plan import DpSgdPlan
+from dpldm_core.rng import SecretKey
+from dpldm_core.training.state import TrainState
+from dpldm_core.training.units import Units
+
+Draw = Callable[[Batch, torch.Generator], Batch]
+OnStep = Callable[[int, int], None]
+
+
+def train_private(
+    model: nn.Module,
+    units: Units,
+    plan: DpSgdPlan,
+    key: SecretKey,
+    *,
+    loss: BatchLoss,
+    draw: Draw,
+    num_classes: int,
+    learning_rate: float,
+    ema_decay: float,
+    physical_batch_size: int,
+    binding: str,
+    checkpoint: Path | None = None,
+    checkpoint_every: int = 100,
+    on_checkpoint: Callable[[], None] | None = None,
+    on_step: OnStep | None = None,
+) -> nn.Module:
+    """Train with DP-SGD for exactly the plan's steps and return the averaged model.
+
+    Nothing computed from private data is logged or reported: no loss, no gradient norm, no batch size.
+
+    Args:
+        model: Trained in place.
+        units: The private data.
+        plan: q, sigma, T and C; also what is charged.
+        key: Secret key of this stage, from the ledger.
+        loss: One loss per unit.
+        draw: Adds a step's public random draws (diffusion times and noise) to a batch.
+        num_classes: Public number of classes.
+        learning_rate: Of Adam; gradients arrive with noise of unit variance.
+        ema_decay: Of the average over steps.
+        physical_batch_size: Units per forward pass; cannot change the guarantee.
+        binding: Digest of plan, data and code; a checkpoint with another one is refused.
+        checkpoint: Folder to resume from and save to.
+        checkpoint_every: Steps between two saves.
+        on_checkpoint: Called after each save.
+        on_step: Called with (steps done, num_steps): public.
+
+    Returns:
+        The averaged model, in eval mode.
+    """
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(trainable, lr=learning_rate, betas=(0.9, 0.99))
+    state = TrainState(0, model, Ema(model, ema_decay), optimizer, binding)
+    if checkpoint is not None:
+        state.restore(checkpoint)
+    draws_key = key.derive("draws")
+    probe_generator = torch.Generator().manual_seed(0)  # made-up units: nothing private
+    probe = draw(units.probe(num_classes, generator=probe_generator), probe_generator)
+    engine = DpSgdEngine(model, plan, key, loss=loss, probe=probe, physical_batch_size=physical_batch_size)
+    model.train()
+    while state.step < plan.num_steps:
+        generator = torch.Generator().manual_seed(draws_key.public_seed(state.step))
+        engine.noisy_step(state.step, units.num_units, lambda indices, g=generator: draw(units.fetch(indices), g))  # type: ignore[misc]
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * _warmup_and_decay(state.step, plan.num_steps)
+        optimizer.step()
+        state.ema.update(model, state.step)
+        state.step += 1
+        if checkpoint is not None and state.step % checkpoint_every == 0 and state.step < plan.num_steps:
+            state.save(checkpoint)
+            if on_checkpoint:
+                on_checkpoint()
+        if on_step:
+            on_step(state.step, plan.num_steps)
+    return state.ema.model
+
+
+def _warmup_and_decay(step: int, num_steps: int) -> float:
+    """Linear warm-up over 5 % of the steps, then linear decay to a tenth."""
+    progress = (step + 1) / num_steps
+    return min(1.0, progress / 0.05) * (1.0 - 0.9 * progress)

@@ -1,0 +1,83 @@
+"""Training state: the only place that saves and loads it. Resuming is running the same command."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from dpldm_core.errors import CheckpointError
+from dpldm_core.models.ema import Ema
+
+
+@dataclass
+class TrainState:
+    """Everything a run needs to go on: random streams are functions of (key, step), so no generator is saved.
+
+    Args:
+        step: Logical steps done.
+        model: The network being trained.
+        ema: Its average.
+        optimizer: Adam or AdamW.
+        binding: Digest of plan, data and code that the run belongs to.
+    """
+
+    step: int
+    model: nn.Module
+    ema: Ema
+    optimizer: torch.optim.Optimizer
+    binding: str
+
+    def save(self, folder: Path) -> None:
+        """Write the state, atomically (a killed write leaves the previous one)."""
+        tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
+        tensors |= {f"ema.{k}": v for k, v in self.ema.model.state_dict().items()}
+        for i, values in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{i}.{k}": v for k, v in values.items()}
+        folder.mkdir(parents=True, exist_ok=True)
+        target, partial = folder / "state.safetensors", folder / "state.partial"
+        metadata = {"dpldm": json.dumps({"step": self.step, "binding": self.binding})}
+        save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, partial, metadata=metadata)
+        partial.rename(target)
+
+    def restore(self, folder: Path) -> bool:
+        """Load the state of a previous attempt into this one.
+
+        Returns:
+            False when there is none.
+
+        Raises:
+            CheckpointError: It is damaged, or belongs to another plan, data set or code.
+        """
+        path = folder / "state.safetensors"
+        if not path.exists():
+            return False
+        try:
+            with safe_open(path, framework="pt") as file:
+                header = json.loads(file.metadata()["dpldm"])
+                tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 - not a mapping
+        except Exception as error:
+            raise CheckpointError(f"checkpoint {path} cannot be read: {error}") from error
+        if header["binding"] != self.binding:
+            raise CheckpointError(
+                f"checkpoint {path} belongs to another plan, data set or code version; resuming it here would charge "
+                "the wrong events. Remove it to start this stage anew"
+            )
+
+        def part(prefix: str) -> dict[str, torch.Tensor]:
+            return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+        self.model.load_state_dict(part("model."))
+        self.ema.model.load_state_dict(part("ema."))
+        state: dict[int, dict[str, torch.Tensor]] = {}
+        for name, value in part("optimizer.").items():
+            index, field = name.split(".", 1)
+            state.setdefault(int(index), {})[field] = value
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
+        self.step = int(header["step"])
+        return True
