@@ -26,3 +26,30 @@ $(VENV)/.dev: requirements/dev.txt | $(BIN)/uv
 	@touch $@ $(VENV)/.release
 $(TMPDIR):
 	@mkdir -p -m 700 $@
+
+release: $(VENV)/.release | $(TMPDIR)  ## make a release: make release ARGS="--dataset mnist --epsilon 10"
+	$(BIN)/pyflyte run workflows/release.py release_pipeline $(ARGS)
+resample: $(VENV)/.release | $(TMPDIR)  ## more images from a published bundle: ARGS="--bundle releases/<id>"
+	$(BIN)/pyflyte run workflows/release.py resample_pipeline $(ARGS)
+verify: $(VENV)/.release  ## recompute the promise of a bundle: make verify BUNDLE=releases/<id>
+	$(BIN)/python -m dpldm_core.release.verify $(BUNDLE)
+ui: $(VENV)/.release  ## the MLflow server on the run's store, at http://127.0.0.1:5000
+	$(BIN)/mlflow server --backend-store-uri $${MLFLOW_TRACKING_URI:-sqlite:///$(CURDIR)/mlflow.db} --host 127.0.0.1 --port $${PORT:-5000} --workers 1
+test: $(VENV)/.dev | $(TMPDIR)  ## the default tests, under 10 minutes on 2 cores
+	$(BIN)/python -m pytest
+slow: $(VENV)/.dev | $(TMPDIR)  ## statistical, server, container-protocol and quality tests
+	$(BIN)/python -m pytest -m slow --timeout=3600
+lint: $(VENV)/.dev
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+types: $(VENV)/.dev
+	$(BIN)/mypy
+check: lint types test  ## everything that must hold before a commit
+lock: | $(BIN)/uv  ## pin again from the ranges in pyproject.toml
+	$(BIN)/uv pip compile -q --generate-hashes --no-emit-index-url --no-header --python-version 3.11 pyproject.toml -o requirements/release.txt
+	$(BIN)/uv pip compile -q --generate-hashes --no-emit-index-url --no-header --python-version 3.11 --extra dev -c requirements/release.txt pyproject.toml -o requirements/dev.txt
+package: $(VENV)/.release | $(TMPDIR)  ## dpldm.tgz for flytectl
+	$(BIN)/pyflyte --pkgs workflows package --image $(CPU_IMAGE) --image cpu=$(CPU_IMAGE) --image gpu=$(GPU_IMAGE) -f -o dpldm.tgz
+register: $(VENV)/.release | $(TMPDIR)  ## register with the cluster of flyte.config (ARGS=--dry-run to try)
+	$(BIN)/pyflyte --config flyte.config register --copy none --version $(TAG) --image $(CPU_IMAGE) --image cpu=$(CPU_IMAGE) --image gpu=$(GPU_IMAGE) $(ARGS) workflows
+clean:
+	rm -rf .flyte-work .pytest_cache .mypy_cache .ruff_cache dpldm.tgz

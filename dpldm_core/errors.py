@@ -63,4 +63,5 @@ def unknown_name(field: str, value: object, known: Iterable[str]) -> ConfigError
     names = sorted(known)
     near = difflib.get_close_matches(str(value), names, n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]!r}?" if near else "."
-    return ConfigError(f"{field}={str(value)!r} is unknown{hint} Known: {', '.join(names)}")
+    listed = f" Known: {', '.join(names)}" if len(names) <= 12 or not near else ""
+    return ConfigError(f"{field}={str(value)!r} is unknown{hint}{listed}")

@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from dpldm_core.diffusion.loss import DenoiserFn
 
 
-def sample_noise(seeds: list[int], dim: int, num_steps: int) -> Tensor:
-    """The initial noise and the churn noise of each sample from its own seed: [num_steps + 1, n, dim].
+def sample_noise(seed: int, indices: Sequence[int], *, num_draws: int, dim: int) -> Tensor:
+    """Standard normal draws of each sample from its own stream: float32 [num_draws, n, dim].
 
-    A sample depends on its seed alone, never on the batch that it is drawn in.
+    A sample depends on (seed, index) alone, never on the batch it is drawn in. The streams are Philox (Salmon et al. 2011)
+    because torch's CPU generator keeps only 32 bits of a seed.
+
+    Args:
+        seed: Public seed of the release.
+        indices: Numbers of the samples.
+        num_draws: Draws per sample: the start, one per sampler step, and what else is needed.
+        dim: Latent dimension.
     """
-    out = torch.empty(num_steps + 1, len(seeds), dim)
-    for i, seed in enumerate(seeds):
-        out[:, i] = torch.randn(num_steps + 1, dim, generator=torch.Generator().manual_seed(seed))
-    return out
+    out = np.empty((num_draws, len(indices), dim), dtype=np.float32)
+    for i, index in enumerate(indices):
+        stream = np.random.Generator(np.random.Philox(key=np.array([seed, index], dtype=np.uint64)))
+        out[:, i] = stream.standard_normal((num_draws, dim), dtype=np.float32)
+    return torch.from_numpy(out)
 
 
 @torch.no_grad()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -59,11 +61,15 @@ class Denoiser(nn.Module):
         width: Hidden width.
         depth: Residual blocks.
         sigma_data: Standard deviation of a latent coordinate (a public constant, never measured).
+        latent_noise: Standard deviation of noise that the training latents carry themselves (mode noised_latents).
     """
 
-    def __init__(self, *, dim: int, num_classes: int, width: int, depth: int, sigma_data: float) -> None:
+    def __init__(
+        self, *, dim: int, num_classes: int, width: int, depth: int, sigma_data: float, latent_noise: float = 0.0
+    ) -> None:
         super().__init__()
-        self.dim, self.num_classes, self.sigma_data = dim, num_classes, sigma_data
+        self.dim, self.num_classes, self.latent_noise = dim, num_classes, latent_noise
+        self.sigma_data = math.hypot(sigma_data, latent_noise)
         self.prior = GaussianPrior(num_classes, dim)
         self.network = ResidualNetwork(dim, num_classes, width, depth)
 
@@ -79,6 +85,6 @@ class Denoiser(nn.Module):
             [n, dim].
         """
         scalings = edm_scalings(sigma, self.sigma_data)
-        estimate = self.prior.denoise(x, sigma, class_labels)
+        estimate = self.prior.denoise(x, sigma, class_labels, added_variance=self.latent_noise**2)
         inputs = torch.cat([scalings.c_in[:, None] * x, estimate / self.sigma_data], dim=1)
         return estimate + scalings.c_out[:, None] * self.network(inputs, scalings.c_noise, class_labels)

@@ -32,13 +32,14 @@ class GaussianPrior(nn.Module):
         self.variances.copy_(variances.clamp(min=variance_floor))
         self.bases.copy_(bases)
 
-    def denoise(self, x: Tensor, sigma: Tensor, class_labels: Tensor) -> Tensor:
+    def denoise(self, x: Tensor, sigma: Tensor, class_labels: Tensor, *, added_variance: float = 0.0) -> Tensor:
         """Posterior mean of the clean latent: the exact denoiser of a Gaussian (Karras et al. 2022, Eq. 3 and App. B).
 
         Args:
             x: Noisy latents [n, d].
             sigma: Noise standard deviations [n].
             class_labels: int64 [n].
+            added_variance: Variance of noise that the clean latents carry themselves.
 
         Returns:
             Clean estimates [n, d].
@@ -48,7 +49,26 @@ class GaussianPrior(nn.Module):
             rows = torch.nonzero(class_labels == label)[:, 0]
             if len(rows) == 0:
                 continue
-            variance, basis = self.variances[label], self.bases[label]
+            variance, basis = self.variances[label] + added_variance, self.bases[label]
             gain = variance / (variance + sigma[rows, None].square())
             out[rows] = self.means[label] + (((x[rows] - self.means[label]) @ basis) * gain) @ basis.T
+        return out
+
+    def posterior_sample(self, x: Tensor, sigma: float, class_labels: Tensor, noise: Tensor) -> Tensor:
+        """A draw of the clean latent given a noisy one, under the Gaussian of its class.
+
+        Args:
+            x: Noisy latents [n, d].
+            sigma: Their noise standard deviation.
+            class_labels: int64 [n].
+            noise: Standard normal [n, d].
+
+        Returns:
+            [n, d].
+        """
+        out = self.denoise(x, torch.full((len(x),), sigma, device=x.device), class_labels)
+        for label in range(len(self.means)):
+            rows = torch.nonzero(class_labels == label)[:, 0]
+            spread = (self.variances[label] * sigma**2 / (self.variances[label] + sigma**2)).sqrt()
+            out[rows] += (noise[rows] * spread) @ self.bases[label].T
         return out

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import numpy as np
@@ -188,20 +187,6 @@ class ReleasePlan(_Frozen):
         return hashlib.sha256(canonical.encode()).hexdigest()
 
 
-def gaussian_multiplier(mu: float) -> float:
-    """Noise multiplier of one Gaussian release that is mu-GDP (Dong et al. 2022, Theorem 1)."""
-    return 1.0 / mu
-
-
-def dp_sgd_multiplier(mu: float, *, sample_rate: float, num_steps: int) -> float:
-    """Noise multiplier at which DP-SGD is about mu-GDP (Bu et al. 2020, Eq. 5). Splits a budget; never charged.
-
-    >>> round(dp_sgd_multiplier(1.0, sample_rate=0.01, num_steps=1000), 3)
-    0.646
-    """
-    return 1.0 / math.sqrt(math.log1p((mu / (sample_rate * math.sqrt(num_steps))) ** 2))
-
-
 def chernoff_cap(num_units: int, sample_rate: float, probability: float) -> int:
     """Smallest k whose Chernoff bound P[Binomial(n, q) > k] <= exp(-n KL(k/n || q)) is below ``probability``.
 
@@ -218,67 +203,6 @@ def chernoff_cap(num_units: int, sample_rate: float, probability: float) -> int:
         divergence = float(rel_entr(x, sample_rate) + rel_entr(1 - x, 1 - sample_rate))
         low, high = (low, k) if num_units * divergence >= budget else (k + 1, high)
     return max(1, low)
-
-
-def truncation_probability(*, delta: float, epsilon: float, num_steps: int) -> float:
-    """Chance of a cut batch per step so that all cuts together fit the share of delta kept for them.
-
-    A step that differs from exact Poisson sampling with probability tau costs at most (1 + e^epsilon) tau of delta.
-    """
-    return min(
-        1e-9, accounting.TRUNCATION_DELTA_SHARE * delta / (2 * num_steps * (1.0 + math.exp(min(epsilon, 600.0))))
-    )
-
-
-def calibrate(
-    mechanisms: Sequence[tuple[MechanismPlan, float]],
-    *,
-    target_epsilon: float,
-    delta: float,
-    relation: str,
-    unit_of_privacy: str,
-) -> ReleasePlan:
-    """Find the noise multipliers of all mechanisms together so that the release costs the target.
-
-    Args:
-        mechanisms: (plan, share): each plan's own noise multiplier is replaced; shares of mu^2 (of Gaussian DP) sum to 1.
-        target_epsilon: Epsilon asked for the whole release.
-        delta: Delta asked for.
-        relation: dp-accounting's name of the neighbouring relation.
-        unit_of_privacy: What one unit is.
-
-    Returns:
-        The plan, with epsilon within 0.2 % below the target, cross-checked by a second accountant.
-
-    Raises:
-        ConfigError: The shares do not sum to 1.
-        AccountingError: No noise meets the target, or the accountants disagree.
-    """
-    total = sum(share for _, share in mechanisms)
-    if not math.isclose(total, 1.0, abs_tol=1e-9):
-        raise ConfigError(
-            f"the budget shares of the mechanisms sum to {total}, not 1: {[m.stage for m, _ in mechanisms]}"
-        )
-
-    def scaled(mu: float) -> list[MechanismPlan]:
-        return [_with_mu(plan, mu * math.sqrt(share), target_epsilon, delta) for plan, share in mechanisms]
-
-    neighboring = accounting.relation_from_name(relation)
-    mu = accounting.solve_scale(lambda x: [m.event() for m in scaled(x)], target_epsilon, delta, neighboring)
-    plan = ReleasePlan(mechanisms=tuple(scaled(mu)), delta=delta, relation=relation, unit_of_privacy=unit_of_privacy)
-    accounting.cross_check(plan.events(), delta, neighboring)
-    return plan
-
-
-def _with_mu(plan: MechanismPlan, mu: float, target_epsilon: float, delta: float) -> MechanismPlan:
-    if isinstance(plan, DpSgdPlan):
-        multiplier = dp_sgd_multiplier(mu, sample_rate=plan.sample_rate, num_steps=plan.num_steps)
-        tail = truncation_probability(delta=delta, epsilon=target_epsilon, num_steps=plan.num_steps)
-        return plan.model_copy(update={"noise_multiplier": multiplier, "truncation_probability": tail})
-    if isinstance(plan, LabelPlan):  # epsilon 4 mu per unit: any growing map splits a budget
-        keep = math.expm1(4 * mu / plan.labels_per_unit) / plan.num_classes
-        return plan.model_copy(update={"noise_parameter": 1.0 / (1.0 + keep)})
-    return plan.model_copy(update={"noise_multiplier": gaussian_multiplier(mu)})
 
 
 def check_expected_batch(plan: DpSgdPlan, num_units: int, minimum: int) -> None:

@@ -112,7 +112,8 @@ def _check_files(folder: Path, manifest: dict[str, Any], problems: list[str]) ->
     for name in sorted(set(listed) & set(present)):
         if present[name].is_symlink() or not present[name].is_file():
             problems.append(f"{name} is not a plain file")
-        elif bundle.digest(present[name]) != listed[name]:
+            continue
+        if bundle.digest(present[name]) != listed[name]:
             problems.append(f"{name} was changed: its SHA-256 or size is not the one in {MANIFEST}")
         else:
             intact.add(name)
@@ -169,6 +170,8 @@ def _check_agreement(
 def _check_images(folder: Path, intact: set[str], config: dict[str, Any], strict: bool, problems: list[str]) -> None:
     """The parquet files open and hold as many images as config.json says. Damaged ones were reported before."""
     parts = sorted(name for name in intact if name.startswith("synthetic/"))
+    if not parts or parts != [bundle.part_name(i, len(parts)) for i in range(len(parts))]:
+        return
     try:
         rows = sum(count_synthetic(folder / name) for name in parts)
         if strict:
@@ -176,9 +179,7 @@ def _check_images(folder: Path, intact: set[str], config: dict[str, Any], strict
     except BundleError as error:
         problems.append(str(error))
         return
-    if parts == sorted(bundle.part_name(i, len(parts)) for i in range(len(parts))) and rows != config.get(
-        "num_samples"
-    ):
+    if rows != config.get("num_samples"):
         problems.append(f"synthetic/ holds {rows} images, but {CONFIG} says num_samples={config.get('num_samples')!r}")
 
 

@@ -42,7 +42,8 @@ def build_denoiser(
             num_classes=num_classes,
             width=config.width,
             depth=config.depth,
-            sigma_data=math.hypot(config.sigma_data, latent_noise),
+            sigma_data=config.sigma_data,
+            latent_noise=latent_noise,
         )
 
 
@@ -93,6 +94,42 @@ def release_prior(
     fit_prior(prior, moments, config)
 
 
+def fit_released_prior(
+    prior: GaussianPrior, latents: Tensor, labels: Tensor, noise_std: float, replaced: float, config: PriorConfig
+) -> None:
+    """Class Gaussians of the clean latents, from released noisy latents and randomised labels: post-processing.
+
+    The noise adds noise_std^2 I to every covariance, which is taken off. Of the records that carry label y, a share
+    ``wrong`` comes from all classes alike; the class means are unmixed accordingly. Covariances are pooled.
+
+    Args:
+        prior: Set in place.
+        latents: Released [n, d].
+        labels: Released, int64 [n].
+        noise_std: Known noise of each latent coordinate.
+        replaced: Known probability that a label was replaced by a uniform one.
+        config: Variance floor.
+    """
+    values = latents.double()
+    num_classes, dim = prior.means.shape
+    overall = values.mean(0)
+    means = torch.stack([values[labels == y].mean(0) if (labels == y).any() else overall for y in range(num_classes)])
+    shrink = num_classes * noise_std**2 / len(values)  # variance of a class mean's coordinate
+    spread = (means - overall) / max(1.0 - replaced, 1e-6)
+    signal = (spread.square().sum() / spread.numel()).item()
+    noise = shrink / max(1.0 - replaced, 1e-6) ** 2
+    means = overall + max(0.0, 1.0 - noise / max(signal, 1e-12)) * spread  # James and Stein (1961)
+    centred = values - overall
+    covariance = centred.T @ centred / len(values) - noise_std**2 * torch.eye(dim, dtype=torch.float64)
+    covariance = covariance - (means - overall).T @ (means - overall) / num_classes
+    edge = 2 * noise_std**2 * (dim / len(values)) ** 0.5
+    variances, basis = torch.linalg.eigh(covariance)
+    typical = (variances.sum() / dim).clamp(min=config.variance_floor)
+    variances = torch.where(variances > edge, variances - edge, torch.minimum(typical, torch.tensor(edge)))
+    pooled = basis @ torch.diag(variances) @ basis.T
+    prior.set_moments(means, pooled.expand(num_classes, -1, -1), variance_floor=config.variance_floor)
+
+
 def draw_diffusion(batch: Batch, generator: torch.Generator, config: DiffusionConfig, sigma_data: float) -> Batch:
     """Adds K noise levels and noises per record to a batch; scaled with sigma_data."""
     latents = batch["values"]
@@ -141,10 +178,9 @@ def train_denoiser(
         key,
         loss=diffusion_loss,
         draw=lambda batch, generator: draw_diffusion(batch, generator, config, model.sigma_data),
-        num_classes=model.num_classes,
         learning_rate=config.dp_sgd.learning_rate,
         ema_decay=config.dp_sgd.ema_decay,
-        **{k: v for k, v in loop.items() if k != "num_classes"},
+        **loop,
     )
 
 

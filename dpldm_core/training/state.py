@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from dpldm_core.errors import CheckpointError
@@ -81,3 +81,20 @@ class TrainState:
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
         self.step = int(header["step"])
         return True
+
+
+def save_model(model: nn.Module, path: Path) -> None:
+    """Weights and buffers as safetensors."""
+    save_file({k: v.detach().contiguous().cpu() for k, v in model.state_dict().items()}, path)
+
+
+def load_model(model: nn.Module, path: Path) -> None:
+    """Load what :func:`save_model` wrote, strictly.
+
+    Raises:
+        CheckpointError: The file is damaged or of another architecture.
+    """
+    try:
+        model.load_state_dict(load_file(path))
+    except Exception as error:
+        raise CheckpointError(f"model file {path} does not fit this configuration: {error}") from error

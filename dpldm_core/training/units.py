@@ -35,7 +35,7 @@ class Units:
         Returns:
             ``values`` [B, M, ...], ``class_labels`` [B, M], ``weights`` [B, M]: 1 / (records of the unit), 0 on padding.
         """
-        records = self.table[indices]
+        records = self.table[indices.to(self.table.device)]
         present = (records >= 0).float()
         safe = records.clamp(min=0)
         return {
@@ -58,7 +58,11 @@ class Units:
         weights = torch.ones(shape)
         weights[0, 1:] = 0.0
         return {
-            "values": torch.randn(*shape, *self.values.shape[1:], generator=generator).clamp(-1, 1),
-            "class_labels": torch.randint(num_classes, shape, generator=generator),
-            "weights": weights / weights.sum(1, keepdim=True),
+            "values": torch.randn(*shape, *self.values.shape[1:], generator=generator).clamp(-1, 1).to(self.values.device),
+            "class_labels": torch.randint(num_classes, shape, generator=generator).to(self.values.device),
+            "weights": (weights / weights.sum(1, keepdim=True)).to(self.values.device),
         }
+
+    def to(self, device: str) -> Units:
+        """The same units on a device."""
+        return Units(self.values.to(device), self.class_labels.to(device), self.table.to(device))

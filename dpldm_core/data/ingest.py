@@ -1,0 +1,42 @@
+"""From a source to the two private parquet files that the stages read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dpldm_core.data.schema import write_records
+from dpldm_core.data.sources import load_dataset
+from dpldm_core.data.split import split_records
+
+
+def ingest_dataset(
+    dataset: str,
+    folder: Path,
+    *,
+    split_key: bytes,
+    data_root: str | None,
+    cache_dir: str | None,
+    num_classes: int | None,
+) -> tuple[Path, Path]:
+    """Load, validate, split and write.
+
+    Args:
+        dataset: Built-in name, path or URI.
+        folder: Where to write.
+        split_key: Key of the held-out split, used when the source has no test set.
+        data_root: Folder with MNIST and Fashion-MNIST.
+        cache_dir: Where torchvision downloads to.
+        num_classes: Declared public number of classes.
+
+    Returns:
+        Paths of the training and the held-out records. Both private.
+
+    Raises:
+        DataError: The data cannot be used.
+    """
+    loaded = load_dataset(dataset, data_root=data_root, cache_dir=cache_dir, num_classes=num_classes)
+    train, heldout = (loaded.train, loaded.test) if loaded.test else split_records(loaded.train, key=split_key)
+    paths = folder / "train.parquet", folder / "heldout.parquet"
+    for path, records in zip(paths, (train, heldout), strict=True):
+        write_records(path, records)
+    return paths

@@ -1,0 +1,243 @@
+"""Presets: named sets of public constants, and how a user's inputs become one resolved configuration.
+
+A preset depends on public facts only: the declared or well-known number of records, never the counted one.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import fsspec
+import yaml
+from pydantic import ValidationError
+
+from dpldm_core.config import ReleaseConfig
+from dpldm_core.errors import ConfigError, unknown_name
+
+# Assumed when own data comes without a declared num_records: it moves speed and quality, never the guarantee.
+REFERENCE_RECORDS = 4_000
+MECHANISMS = ("dp_sgd", "noised_latents")
+
+
+def _dp_sgd(batch: int, num_records: int, **values: float) -> dict[str, Any]:
+    """A DP-SGD block whose rate gives about ``batch`` units a step when there are ``num_records`` of them."""
+    return {"sample_rate": min(0.5, batch / num_records), **values}
+
+
+def _quick(num_records: int) -> dict[str, Any]:
+    """The embedded data in two minutes on two cores."""
+    return {
+        "max_records_per_group": 4,
+        "autoencoder": {
+            "frequencies": 14,
+            "refiner_channels": 16,
+            "procedural_steps": 200,
+            "procedural_batch_size": 128,
+            "dp_sgd": _dp_sgd(
+                256, num_records, num_steps=40, max_grad_norm=0.1, learning_rate=2e-3, ema_decay=0.9, budget_share=0.1
+            ),
+        },
+        "prior": {"clip_norm": 0.9, "variance_floor": 0.01, "class_weight": 0.2, "budget_share": 0.5},
+        "diffusion": {
+            "width": 256,
+            "depth": 2,
+            "sigma_data": 0.8,
+            "P_mean": -0.3,
+            "P_std": 1.0,
+            "noise_multiplicity": 4,
+            "dp_sgd": _dp_sgd(
+                1024, num_records, num_steps=150, max_grad_norm=0.5, learning_rate=1e-3, ema_decay=0.97, budget_share=0.4
+            ),
+        },
+        "noised_latents": {"autoencoder_share": 0.1, "label_share": 0.3, "num_steps": 200, "batch_size": 512},
+        "sampling": {
+            "num_samples": 10_000,
+            "num_steps": 18,
+            "sigma_min": 0.02,
+            "sigma_max": 20.0,
+            "S_churn": 8.0,
+            "num_shards": 2,
+        },
+        "evaluation": {"num_epochs": 4, "num_seeds": 1, "max_frechet_images": 5_000},
+        "performance": {"physical_batch_size": 512},
+    }
+
+
+def _cpu(num_records: int) -> dict[str, Any]:
+    """60,000 images in half an hour on two cores."""
+    values = _quick(num_records)
+    values["autoencoder"] |= {
+        "procedural_steps": 400,
+        "dp_sgd": _dp_sgd(
+            512, num_records, num_steps=80, max_grad_norm=0.1, learning_rate=2e-3, ema_decay=0.9, budget_share=0.05
+        ),
+    }
+    values["prior"]["budget_share"] = 0.45
+    values["diffusion"] |= {
+        "noise_multiplicity": 8,
+        "dp_sgd": _dp_sgd(
+            2048, num_records, num_steps=400, max_grad_norm=0.5, learning_rate=1e-3, ema_decay=0.98, budget_share=0.5
+        ),
+    }
+    values["sampling"] |= {"num_samples": 60_000, "num_steps": 18, "num_shards": 4}
+    values["evaluation"] = {"num_epochs": 4, "num_seeds": 3, "max_frechet_images": 10_000}
+    return values
+
+
+def _gpu(num_records: int) -> dict[str, Any]:
+    """60,000 images in minutes on one GPU."""
+    values = _cpu(num_records)
+    values["diffusion"] |= {
+        "width": 512,
+        "noise_multiplicity": 16,
+        "dp_sgd": _dp_sgd(
+            4096, num_records, num_steps=1_500, max_grad_norm=0.5, learning_rate=1e-3, ema_decay=0.99, budget_share=0.5
+        ),
+    }
+    values["performance"] = {"physical_batch_size": 4096}
+    return values
+
+
+def _smoke(num_records: int) -> dict[str, Any]:
+    """Two steps of everything: for tests of the plumbing."""
+    values = _quick(num_records)
+    values["autoencoder"] |= {"frequencies": 4, "refiner_channels": 4, "procedural_steps": 2, "procedural_batch_size": 8}
+    values["autoencoder"]["dp_sgd"] |= {"num_steps": 2}
+    values["diffusion"] |= {"width": 16, "depth": 1, "noise_multiplicity": 2}
+    values["diffusion"]["dp_sgd"] |= {"num_steps": 2}
+    values["noised_latents"] |= {"num_steps": 2, "batch_size": 32}
+    values["sampling"] |= {"num_samples": 64, "num_steps": 3}
+    values["evaluation"] = {"num_epochs": 1, "num_seeds": 1, "max_frechet_images": 64}
+    return values
+
+
+PRESETS: Mapping[str, Callable[[int], dict[str, Any]]] = {"quick": _quick, "cpu": _cpu, "gpu": _gpu, "smoke": _smoke}
+
+
+def resolve_config(
+    *,
+    dataset: str,
+    epsilon: float,
+    delta: float,
+    preset: str,
+    num_samples: int,
+    latent_mechanism: str,
+    public_num_records: int | None,
+    overrides: Mapping[str, Any] | None = None,
+) -> ReleaseConfig:
+    """One frozen configuration from the workflow's inputs, a preset and a file of overrides.
+
+    Args:
+        dataset: Built-in name, path or URI; only recorded here.
+        epsilon: Asked for the whole release, > 0.
+        delta: Asked for the whole release, in (0, 1) and below 1 / (public number of records).
+        preset: Name in ``PRESETS``.
+        num_samples: 0 for the preset's own.
+        latent_mechanism: ``dp_sgd`` or ``noised_latents``.
+        public_num_records: Well-known number of training records of a built-in set; None for own data.
+        overrides: Single fields, nested like :class:`ReleaseConfig`.
+
+    Returns:
+        The configuration.
+
+    Raises:
+        ConfigError: A value out of range or an unknown name, with the nearest valid one.
+    """
+    overrides = dict(overrides or {})
+    if not (math.isfinite(epsilon) and epsilon > 0):
+        raise ConfigError(f"epsilon={epsilon} must be a finite number above 0; 1 is strong, 10 is common")
+    if not 0 < delta < 1:
+        raise ConfigError(f"delta={delta} must lie in (0, 1), well below 1 / (number of records); 1e-5 suits 60,000")
+    if num_samples < 0:
+        raise ConfigError(f"num_samples={num_samples} must be 0 (the preset's own) or more")
+    if preset not in PRESETS:
+        raise unknown_name("preset", preset, PRESETS)
+    if latent_mechanism not in MECHANISMS:
+        raise unknown_name("latent_mechanism", latent_mechanism, MECHANISMS)
+    num_records = overrides.get("num_records") or public_num_records
+    if isinstance(num_records, int) and num_records > 0:
+        check_delta(delta, num_records)
+    values = PRESETS[preset](num_records if isinstance(num_records, int) and num_records > 0 else REFERENCE_RECORDS)
+    if latent_mechanism == "noised_latents":  # noise grows with the latent's norm: keep few coordinates
+        values["autoencoder"]["frequencies"] = min(6, values["autoencoder"]["frequencies"])
+    values |= {
+        "dataset": dataset,
+        "epsilon": epsilon,
+        "delta": delta,
+        "preset": preset,
+        "latent_mechanism": latent_mechanism,
+        "num_samples": num_samples or values["sampling"]["num_samples"],
+        "num_records": num_records,
+        "seed": 0,
+    }
+    try:
+        return ReleaseConfig.model_validate(_merge(values, overrides))
+    except ValidationError as error:
+        raise ConfigError(_explain(error)) from None
+
+
+def check_delta(delta: float, num_records: int) -> None:
+    """Refuse a delta that would allow to publish somebody's record outright.
+
+    Raises:
+        ConfigError: delta >= 1 / num_records.
+    """
+    if delta >= 1.0 / num_records:
+        raise ConfigError(
+            f"delta={delta} must be below 1 / (number of records) = {1.0 / num_records:.2g}: a larger one would allow a "
+            f"mechanism that publishes one person's record. Use {0.1 / num_records:.0e} or less"
+        )
+
+
+def load_overrides(path: str) -> dict[str, Any]:
+    """Overrides from a JSON or YAML file, local or remote; an empty path gives none.
+
+    Raises:
+        ConfigError: The file is missing or holds no mapping.
+    """
+    if not path:
+        return {}
+    try:
+        with fsspec.open(path, "rt") as file:
+            text = file.read()
+        values = json.loads(text) if path.endswith(".json") else yaml.safe_load(text)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ConfigError(f"config={path!r} cannot be read as JSON or YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"config={path!r} must hold a mapping of fields, for example {{seed: 1}}")
+    return values
+
+
+def _merge(values: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(values)
+    for key, value in overrides.items():
+        current = merged.get(key)
+        merged[key] = _merge(current, value) if isinstance(current, dict) and isinstance(value, Mapping) else value
+    return merged
+
+
+def _explain(error: ValidationError) -> str:
+    """One line a field: its path, the value and what is allowed; an unknown key comes with the nearest known one."""
+    lines = []
+    for problem in error.errors():
+        path = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            lines.append(str(unknown_name("config key", path, _field_paths())))
+        else:
+            lines.append(f"{path}={problem['input']!r}: {problem['msg']}")
+    return "; ".join(lines)
+
+
+def _field_paths() -> list[str]:
+    def walk(model: Any, prefix: str) -> list[str]:
+        paths = []
+        for name, field in model.model_fields.items():
+            paths.append(prefix + name)
+            if hasattr(field.annotation, "model_fields"):
+                paths += walk(field.annotation, f"{prefix}{name}.")
+        return paths
+
+    return walk(ReleaseConfig, "")

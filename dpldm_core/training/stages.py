@@ -1,0 +1,287 @@
+"""The stages of a release as functions from files to files; what the Flyte tasks call."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from dpldm_core.config import ReleaseConfig
+from dpldm_core.data.schema import ImageSchema, Records, group_table, read_records
+from dpldm_core.diffusion.sampler import heun_sampler, sample_noise
+from dpldm_core.diffusion.schedule import sampling_sigmas
+from dpldm_core.models.autoencoder import Autoencoder
+from dpldm_core.models.denoiser import Denoiser
+from dpldm_core.privacy.calibration import AUTOENCODER, DIFFUSION, LABELS, LATENTS, PRIOR
+from dpldm_core.privacy.one_shot import noisy_records
+from dpldm_core.privacy.plan import GaussianRecordPlan, GaussianSumPlan, ReleasePlan
+from dpldm_core.rng import SecretKey
+from dpldm_core.training.autoencoder import build_autoencoder, encode, pretrain_on_procedural, train_autoencoder
+from dpldm_core.training.diffusion import (
+    build_denoiser,
+    fit_released_prior,
+    release_prior,
+    train_denoiser,
+    train_denoiser_on_released,
+)
+from dpldm_core.training.private import OnStep
+from dpldm_core.training.state import load_model, save_model
+from dpldm_core.training.units import Units
+
+StageKey = Callable[[str], SecretKey]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one attempt at a stage runs with. None of it can change the guarantee.
+
+    Args:
+        folder: Where results are written.
+        binding: Digest of plan, data and code.
+        checkpoint: Folder to resume from and save to.
+        on_checkpoint: Called after each save.
+        on_step: Called with (steps done, steps): public.
+    """
+
+    folder: Path
+    binding: str = ""
+    checkpoint: Path | None = None
+    on_checkpoint: Callable[[], None] | None = None
+    on_step: OnStep | None = None
+
+    @property
+    def device(self) -> str:
+        """A GPU when there is one."""
+        return "cuda" if torch.cuda.is_available() else "cpu"
+
+    def loop(self, config: ReleaseConfig, num_classes: int) -> dict[str, object]:
+        """Arguments of the shared training loop."""
+        return {
+            "num_classes": num_classes,
+            "physical_batch_size": config.performance.physical_batch_size,
+            "binding": self.binding,
+            "checkpoint": self.checkpoint,
+            "on_checkpoint": self.on_checkpoint,
+            "on_step": self.on_step,
+        }
+
+
+def binding_of(data: str | Path, plan_json: str) -> str:
+    """Digest of a private file and a plan: a checkpoint of another pair is refused."""
+    digest = hashlib.sha256(plan_json.encode())
+    digest.update(Path(data).read_bytes())
+    return digest.hexdigest()
+
+
+def to_tensor(images: np.ndarray) -> Tensor:
+    """uint8 [n, h, w, c] to float32 [n, c, h, w] in [-1, 1]."""
+    return torch.from_numpy(images).permute(0, 3, 1, 2).float().div(127.5).sub(1.0).contiguous()
+
+
+def to_uint8(images: Tensor) -> np.ndarray:
+    """float32 [n, c, h, w] in [-1, 1] to uint8 [n, h, w, c]; the inverse of :func:`to_tensor`."""
+    return images.clamp(-1, 1).add(1.0).mul(127.5).round().byte().permute(0, 2, 3, 1).contiguous().cpu().numpy()
+
+
+def new_autoencoder(config: ReleaseConfig, schema: ImageSchema) -> Autoencoder:
+    """The untrained autoencoder of a release."""
+    return build_autoencoder(
+        config.autoencoder, channels=schema.channels, height=schema.height, width=schema.width, seed=config.seed
+    )
+
+
+def new_denoiser(config: ReleaseConfig, schema: ImageSchema, latent_noise: float) -> Denoiser:
+    """The untrained denoiser of a release."""
+    dim = new_autoencoder(config, schema).latent_dim
+    return build_denoiser(
+        config.diffusion, dim=dim, num_classes=schema.num_classes, seed=config.seed, latent_noise=latent_noise
+    )
+
+
+def train_codec(
+    train: Path, config: ReleaseConfig, plan: ReleasePlan, key: SecretKey, run: Run
+) -> tuple[Path, Path, list[float]]:
+    """Stage 1.
+
+    Args:
+        train: Private training records.
+        config: The resolved configuration.
+        plan: The release's plan.
+        key: Secret key of the stage.
+        run: Folder, checkpoint and callbacks.
+
+    Returns:
+        (autoencoder, decoder, curve): the whole model for inside use, the public decoder, and the public loss curve on
+        procedural images.
+    """
+    records = read_records(train)
+    model = new_autoencoder(config, records.schema)
+    curve = pretrain_on_procedural(model, config.autoencoder, seed=config.seed)
+    units = _units(records, to_tensor(records.images), config).to(run.device)
+    mechanism = plan.mechanism(AUTOENCODER)
+    loop = run.loop(config, records.schema.num_classes)
+    trained = train_autoencoder(model.to(run.device), units, mechanism, key, config.autoencoder, **loop)  # type: ignore[arg-type]
+    paths = run.folder / "autoencoder.safetensors", run.folder / "decoder.safetensors"
+    save_model(trained, paths[0])
+    save_model(trained.decoder, paths[1])
+    return *paths, curve
+
+
+def extract_latents(
+    train: Path, autoencoder: Path, config: ReleaseConfig, plan: ReleasePlan, key_of: StageKey, run: Run
+) -> tuple[Path, float]:
+    """Encode the private records: private latents, or released ones in the mode ``noised_latents``.
+
+    Args:
+        train: Private training records.
+        autoencoder: The whole trained model.
+        config: The resolved configuration.
+        plan: The release's plan.
+        key_of: Secret key of a stage; asked for before the mechanism of that stage runs.
+        run: Folder.
+
+    Returns:
+        (latents, noise_std): a safetensors file with latents, labels and the table of units, and the standard deviation
+        of the noise that the latents carry (0 when they are private).
+    """
+    records = read_records(train)
+    model = new_autoencoder(config, records.schema)
+    load_model(model, autoencoder)
+    units = _units(records, encode(model, to_tensor(records.images)), config)
+    latents, labels, noise_std = units.values, units.class_labels, 0.0
+    if config.latent_mechanism == "noised_latents":
+        kept = units.table[units.table >= 0]
+        mechanism = plan.mechanism(LATENTS)
+        assert isinstance(mechanism, GaussianRecordPlan)
+        per_unit = units.table.shape[1]
+        latents = noisy_records(mechanism, key_of(LATENTS), latents[kept], per_unit)
+        labels = labels[kept]
+        if records.schema.num_classes > 1:
+            released = plan.mechanism(LABELS).randomize(key_of(LABELS), labels.numpy())  # type: ignore[union-attr]
+            labels = torch.from_numpy(released)
+        noise_std = mechanism.noise_multiplier * mechanism.max_norm
+        units = Units(latents, labels, torch.arange(len(latents))[:, None])
+    path = run.folder / "latents.safetensors"
+    save_file({"latents": latents.contiguous(), "labels": labels.contiguous(), "table": units.table.contiguous()}, path)
+    return path, noise_std
+
+
+def train_diffusion(
+    latents: Path,
+    noise_std: float,
+    config: ReleaseConfig,
+    schema: ImageSchema,
+    plan: ReleasePlan,
+    key_of: StageKey,
+    run: Run,
+) -> tuple[Path, list[float]]:
+    """Stage 2.
+
+    Args:
+        latents: From :func:`extract_latents`.
+        noise_std: Noise that the latents carry; above 0 they are released and training on them is free.
+        config: The resolved configuration.
+        schema: Public schema.
+        plan: The release's plan.
+        key_of: Secret key of a stage; asked for before the mechanism of that stage runs.
+        run: Folder, checkpoint and callbacks.
+
+    Returns:
+        (denoiser, curve): the public model, and its loss curve where that is public (else empty).
+    """
+    model = new_denoiser(config, schema, noise_std)
+    tensors = load_file(latents)
+    path = run.folder / "denoiser.safetensors"
+    if config.latent_mechanism == "noised_latents":
+        replaced = plan.mechanism(LABELS).noise_parameter if schema.num_classes > 1 else 0.0  # type: ignore[union-attr]
+        fit_released_prior(model.prior, tensors["latents"], tensors["labels"], noise_std, replaced, config.prior)
+        settings = config.noised_latents
+        trained, curve = train_denoiser_on_released(
+            model.to(run.device),
+            tensors["latents"].to(run.device),
+            tensors["labels"].to(run.device),
+            config.diffusion,
+            num_steps=settings.num_steps,
+            batch_size=settings.batch_size,
+            seed=config.seed,
+        )
+    else:
+        units = Units(tensors["latents"], tensors["labels"], tensors["table"])
+        prior_plan = plan.mechanism(PRIOR)
+        assert isinstance(prior_plan, GaussianSumPlan)
+        release_prior(model.prior, units, prior_plan, key_of(PRIOR), config.prior)
+        loop = run.loop(config, schema.num_classes)
+        mechanism, key = plan.mechanism(DIFFUSION), key_of(DIFFUSION)
+        trained = train_denoiser(model.to(run.device), units.to(run.device), mechanism, key, config.diffusion, **loop)  # type: ignore[arg-type]
+        curve = []
+    save_model(trained, path)
+    return path, curve
+
+
+@torch.no_grad()
+def sample_images(
+    decoder: Path,
+    denoiser: Path,
+    config: ReleaseConfig,
+    schema: ImageSchema,
+    indices: Sequence[int],
+    *,
+    noise_std: float = 0.0,
+    batch_size: int = 1000,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Draw synthetic images; sample i depends on (seed, i) alone, whatever shard or batch it is drawn in.
+
+    Labels are uniform over the classes: the proportions of the private data are not read.
+
+    Args:
+        decoder: Public model file.
+        denoiser: Public model file.
+        config: The resolved configuration.
+        schema: Public schema.
+        indices: Which samples, from 0.
+        noise_std: Noise of the latents that the denoiser was trained on.
+        batch_size: Samples at a time.
+
+    Returns:
+        Images uint8 [n, h, w, c] and labels int64 [n].
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    autoencoder, model = new_autoencoder(config, schema), new_denoiser(config, schema, noise_std)
+    load_model(autoencoder.decoder, decoder)
+    load_model(model, denoiser)
+    autoencoder.decoder.eval().to(device)
+    model.eval().to(device)
+    scale = model.sigma_data / config.diffusion.sigma_data
+    settings = config.sampling
+    sigmas = scale * sampling_sigmas(settings.num_steps, sigma_min=settings.sigma_min, sigma_max=settings.sigma_max)
+    images, labels = [], []
+    for start in range(0, len(indices), batch_size):
+        chunk = list(indices[start : start + batch_size])
+        class_labels = torch.tensor(chunk) % schema.num_classes
+        noise = sample_noise(config.seed, chunk, num_draws=settings.num_steps + 2, dim=model.dim).to(device)
+        latents = heun_sampler(model, noise[:-1], class_labels.to(device), sigmas=sigmas, S_churn=settings.S_churn)
+        if noise_std > 0:
+            latents = model.prior.posterior_sample(latents, noise_std, class_labels.to(device), noise[-1])
+        images.append(to_uint8(autoencoder.decoder(latents)))
+        labels.append(class_labels.numpy())
+    return np.concatenate(images), np.concatenate(labels)
+
+
+def shard_indices(num_samples: int, shard: int, num_shards: int) -> range:
+    """The samples of one shard: consecutive, sizes as equal as can be.
+
+    >>> [list(shard_indices(5, s, 2)) for s in range(2)]
+    [[0, 1], [2, 3, 4]]
+    """
+    return range(shard * num_samples // num_shards, (shard + 1) * num_samples // num_shards)
+
+
+def _units(records: Records, values: Tensor, config: ReleaseConfig) -> Units:
+    table = group_table(records, config.max_records_per_group if records.schema.grouped else 1)
+    return Units(values, torch.from_numpy(records.labels), torch.from_numpy(table))

@@ -1,0 +1,125 @@
+"""Images, resources, cache version and stores: the one place that reads the environment."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flytekit import Cache, Resources, current_context
+from flytekit.extras.accelerators import A100
+
+if TYPE_CHECKING:
+    from dpldm_core.privacy.ledger import Ledger
+    from dpldm_core.rng import SecretKey
+
+CPU_IMAGE = "{{.image.cpu.fqn}}:{{.image.cpu.version}}"
+GPU_IMAGE = "{{.image.gpu.fqn}}:{{.image.gpu.version}}"
+_CORE = Path(__file__).resolve().parent.parent / "dpldm_core"
+
+
+@cache
+def code_digest() -> str:
+    """SHA-256 over the library's source: part of every cache key and of every stage's binding in the ledger."""
+    digest = hashlib.sha256()
+    for path in sorted(_CORE.rglob("*.py")):
+        digest.update(path.relative_to(_CORE).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+# retries: a killed private stage goes on from its checkpoint under the same ledger entry and key (docs/decisions/0004).
+_CACHED = {"cache": Cache(version=code_digest()[:16])}
+SMALL: dict[str, Any] = {
+    "container_image": CPU_IMAGE,
+    "requests": Resources(cpu="1", mem="2Gi"),
+    "limits": Resources(cpu="2", mem="4Gi"),
+}
+CPU_TASK: dict[str, Any] = {
+    "container_image": CPU_IMAGE,
+    "requests": Resources(cpu="2", mem="8Gi"),
+    "limits": Resources(cpu="4", mem="16Gi"),
+    **_CACHED,
+}
+GPU_TASK: dict[str, Any] = {
+    "container_image": GPU_IMAGE,
+    "requests": Resources(cpu="4", mem="16Gi", gpu="1"),
+    "limits": Resources(cpu="8", mem="32Gi", gpu="1"),
+    "accelerator": A100,
+    "retries": 2,
+    **_CACHED,
+}
+
+
+def execution_id() -> str:
+    """The id of this execution: Flyte's on a cluster, the process locally (where Flyte calls every one ``local``)."""
+    name = current_context().execution_id.name
+    return name if name != "local" else f"local-{os.uname().nodename}-{os.getpid()}"
+
+
+def open_ledger() -> Ledger:
+    """The ledger at DPLDM_LEDGER_URL, else one SQLite file in the home folder, whatever ``out`` is."""
+    from dpldm_core.privacy.ledger import Ledger
+
+    return Ledger(os.environ.get("DPLDM_LEDGER_URL") or f"sqlite:///{Path.home() / '.dpldm' / 'ledger.db'}")
+
+
+def data_root() -> str | None:
+    """Folder that already holds MNIST and Fashion-MNIST, from DPLDM_DATA_ROOT."""
+    return os.environ.get("DPLDM_DATA_ROOT")
+
+
+def download_folder() -> str:
+    """Where torchvision keeps what it downloads."""
+    return str(Path.home() / ".dpldm" / "data")
+
+
+def inception_weights() -> str | None:
+    """File with the Inception weights of FID, from DPLDM_INCEPTION_WEIGHTS."""
+    return os.environ.get("DPLDM_INCEPTION_WEIGHTS")
+
+
+def work_folder(name: str) -> Path:
+    """A fresh folder of this task; map tasks share Flyte's own one and would overwrite each other's files."""
+    return Path(tempfile.mkdtemp(prefix=f"{name}-", dir=current_context().working_directory))
+
+
+def sha256_of(path: str | os.PathLike[str]) -> str:
+    """Digest of a file's content, in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def begin_stage(entry_id: str, plan_json: str, stage: str, data: str | os.PathLike[str]) -> SecretKey:
+    """Commit a stage to the ledger before it reads its data.
+
+    Args:
+        entry_id: The release's ledger entry.
+        plan_json: The release's plan.
+        stage: Stage of the plan.
+        data: The private file that the stage is about to read.
+
+    Returns:
+        The stage's secret key, bound to plan, data and code.
+    """
+    from dpldm_core.privacy.plan import ReleasePlan
+
+    digests = {
+        "data_digest": sha256_of(data),
+        "plan_digest": ReleasePlan.model_validate_json(plan_json).digest(),
+        "code_digest": code_digest(),
+    }
+    return open_ledger().begin_stage(entry_id, stage, **digests)
+
+
+def checkpoint(name: str) -> tuple[Path, Callable[[], None]]:
+    """A folder with the checkpoint of the previous attempt, if any, and a function that hands a new one to Flyte."""
+    folder = work_folder(f"{name}-checkpoint")
+    store = current_context().checkpoint
+    if store is None:
+        return folder, lambda: None
+    store.restore(str(folder))
+    return folder, lambda: store.save(str(folder))

@@ -1,0 +1,233 @@
+"""MLflow: the only file that imports it.
+
+One parent run per release, a child per task. The parent stays open across containers: it is made by ``open_run`` and ended
+by ``close_run``, by its id. Private data enters the lineage as a URI alone: no digest, no profile, no rows, no count.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dpldm_core.errors import TrackingError
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+    from dpldm_core.privacy.plan import ReleasePlan
+    from dpldm_core.release.publishing import Publication
+
+EXPERIMENT = "dpldm"
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+os.environ.setdefault("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "false")
+os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+
+
+def tracking_uri() -> str:
+    """MLFLOW_TRACKING_URI, else a SQLite file in the current folder."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path.cwd() / 'mlflow.db'}"
+
+
+def _client() -> MlflowClient:
+    """A client on a store that is known to answer.
+
+    Raises:
+        TrackingError: It does not.
+    """
+    import logging
+
+    import mlflow
+    from filelock import FileLock
+
+    uri = tracking_uri()
+    os.environ.pop("MLFLOW_RUN_ID", None)  # it would win over parent_run_id (mlflow#15713)
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    mlflow.set_tracking_uri(uri)
+    client = mlflow.MlflowClient()
+    try:
+        if uri.startswith("sqlite"):  # two processes creating the same file at once wreck it for good
+            with FileLock(str(Path.cwd() / ".mlflow.lock")):
+                client.search_experiments(max_results=1)
+        else:
+            client.search_experiments(max_results=1)
+    except Exception as error:
+        raise TrackingError(
+            f"MLFLOW_TRACKING_URI={uri!r} does not answer ({type(error).__name__}). Start the server, or unset the variable "
+            "to use a SQLite file in the current folder"
+        ) from None
+    return client
+
+
+def _experiment_id(client: MlflowClient) -> str:
+    experiment = client.get_experiment_by_name(EXPERIMENT)
+    if experiment is not None:
+        return experiment.experiment_id
+    local = tracking_uri().startswith("sqlite")
+    location = (Path.cwd() / "mlruns").as_uri() if local else None
+    return client.create_experiment(EXPERIMENT, artifact_location=location)
+
+
+def open_run(release_id: str, execution_id: str, params: Mapping[str, Any]) -> str:
+    """Open the parent run of a release; a retry of the same execution finds the one it already opened.
+
+    Args:
+        release_id: Name of the release and of the run.
+        execution_id: Flyte's, or the local process.
+        params: Public parameters.
+
+    Returns:
+        The run's id.
+
+    Raises:
+        TrackingError: The store cannot be reached.
+    """
+    client = _client()
+    experiment = _experiment_id(client)
+    for run in client.search_runs([experiment], f"tags.`flyte.execution_id` = '{execution_id}'"):
+        if run.info.status == "RUNNING" and run.info.run_name == release_id:
+            return run.info.run_id
+    tags = {"flyte.execution_id": execution_id, "dpldm.release_id": release_id, "dpldm.kind": "release"}
+    run = client.create_run(experiment, run_name=release_id, tags=tags)
+    for key, value in params.items():
+        client.log_param(run.info.run_id, key, value)
+    return run.info.run_id
+
+
+def close_run(run_id: str, *, failed: bool = False) -> None:
+    """End the parent run."""
+    _client().set_terminated(run_id, "FAILED" if failed else "FINISHED")
+
+
+def find_open_runs(execution_id: str) -> list[str]:
+    """Parent runs of this execution that are still open."""
+    client = _client()
+    query = f"tags.`flyte.execution_id` = '{execution_id}' and tags.`dpldm.kind` = 'release'"
+    runs = client.search_runs([_experiment_id(client)], query)
+    return [run.info.run_id for run in runs if run.info.status == "RUNNING"]
+
+
+def log_to_parent(run_id: str, metrics: Mapping[str, float]) -> None:
+    """Public numbers of the whole release."""
+    client = _client()
+    for key, value in metrics.items():
+        client.log_metric(run_id, key, value)
+
+
+class ChildRun:
+    """What a task may log. Everything passed here must be public or meant to stay inside the steward's store."""
+
+    def __init__(self, run_id: str) -> None:
+        self.run_id = run_id
+
+    def params(self, **values: Any) -> None:
+        """Public parameters."""
+        import mlflow
+
+        mlflow.log_params(values)
+
+    def metrics(self, **values: float) -> None:
+        """Numbers."""
+        import mlflow
+
+        mlflow.log_metrics({key: float(value) for key, value in values.items()})
+
+    def curve(self, name: str, values: list[float]) -> None:
+        """A public curve, at most 200 points."""
+        import mlflow
+        from mlflow.entities import Metric
+
+        stride = max(1, len(values) // 200)
+        points = [Metric(name, values[i], 0, i) for i in range(0, len(values), stride)]
+        mlflow.MlflowClient().log_batch(self.run_id, metrics=points)
+
+    def figure(self, png: bytes, name: str) -> None:
+        """A PNG figure."""
+        import io
+
+        import mlflow
+        from PIL import Image
+
+        mlflow.log_image(Image.open(io.BytesIO(png)), name)
+
+    def document(self, value: Mapping[str, Any], name: str) -> None:
+        """A JSON document."""
+        import mlflow
+
+        mlflow.log_dict(dict(value), name)
+
+    def log_stage(self, plan: ReleasePlan, stages: Sequence[str], *, private_uri: str = "") -> None:
+        """What private mechanisms of this run spent, each by itself, and the data they read."""
+        from dpldm_core.privacy import accounting
+
+        relation = accounting.relation_from_name(plan.relation)
+        for stage in stages:
+            mechanism = plan.mechanism(stage)
+            self.metrics(**{f"epsilon.{stage}": accounting.epsilon([mechanism.event()], plan.delta, relation)})
+            self.params(**{f"{stage}.{k}": v for k, v in mechanism.model_dump().items() if k != "stage"})
+            self.document(accounting.event_to_json(mechanism.event()), f"events/{stage}.json")
+        if private_uri:
+            self.private_input(private_uri)
+
+    def private_input(self, uri: str) -> None:
+        """The private data as lineage: its URI alone."""
+        self._log_dataset(uri, "private_data", "training", digest="private")
+
+    def public_output(self, uri: str, name: str, digest: str) -> None:
+        """The synthetic data as lineage."""
+        self._log_dataset(uri, name, "synthetic", digest=digest[:36])
+
+    def _log_dataset(self, uri: str, name: str, context: str, *, digest: str) -> None:
+        import mlflow
+        from mlflow.data.http_dataset_source import HTTPDatasetSource
+        from mlflow.data.meta_dataset import MetaDataset
+
+        source = HTTPDatasetSource(uri)  # any URI; resolving it would look at the data
+        mlflow.log_input(MetaDataset(source=source, name=name, digest=digest), context=context)
+
+    def publication(self, done: Publication, *, inputs: Sequence[str], evaluation: str) -> None:
+        """A published bundle: its promise, report, picture, data and model; links to the runs that it came from."""
+        self.params(bundle=done.bundle, **{f"made_by.{i}": run for i, run in enumerate(inputs)}, evaluated_by=evaluation)
+        self.metrics(**done.promise())
+        self.document(done.report.model_dump(mode="json"), "privacy_report.json")
+        self.figure(done.samples_png, "samples.png")
+        self.public_output(done.bundle, done.release_id, done.digest)
+        if done.model_folder is not None:
+            params = {"release_id": done.release_id, "epsilon": f"{done.report.epsilon:.6g}"}
+            self.register_model(done.model_folder, name=f"dpldm-{done.dataset}", params=params)
+
+    def register_model(self, folder: Path, *, name: str, params: Mapping[str, str], alias: str = "latest") -> str:
+        """Register a folder of safetensors as a model with an alias. No pickle, no flavour.
+
+        Returns:
+            The model's id.
+        """
+        import mlflow
+
+        client = mlflow.MlflowClient()
+        model = mlflow.initialize_logged_model(name, source_run_id=self.run_id, params=dict(params), model_type="dpldm")
+        client.log_model_artifacts(model.model_id, str(folder))
+        mlflow.finalize_logged_model(model.model_id, "READY")
+        version = mlflow.register_model(f"models:/{model.model_id}", name)
+        client.set_registered_model_alias(name, alias, version.version)
+        return model.model_id
+
+
+@contextmanager
+def child_run(parent_run_id: str, name: str) -> Iterator[ChildRun]:
+    """A run under the release's; marked FAILED when the body raises.
+
+    Raises:
+        TrackingError: The store cannot be reached.
+    """
+    import mlflow
+
+    client = _client()
+    with mlflow.start_run(
+        experiment_id=_experiment_id(client), run_name=name, parent_run_id=parent_run_id, log_system_metrics=False
+    ) as run:
+        yield ChildRun(run.info.run_id)

@@ -1,0 +1,30 @@
+"""train_autoencoder: stage 1."""
+
+from __future__ import annotations
+
+from flytekit import task
+from flytekit.types.file import FlyteFile
+
+from tasks._resources import GPU_TASK, begin_stage, checkpoint, work_folder
+from tasks.artifacts import Codec, PrivateData, Release
+
+
+@task(**GPU_TASK)
+def train_autoencoder(release: Release, data: PrivateData) -> Codec:
+    """Pretrain the autoencoder on procedural images, then train it on the private ones with DP-SGD."""
+    from dpldm_core.privacy.calibration import AUTOENCODER
+    from dpldm_core.privacy.plan import ReleasePlan
+    from dpldm_core.training.stages import Run, binding_of, train_codec
+    from tasks import _tracking
+
+    plan = ReleasePlan.model_validate_json(release.plan)
+    with _tracking.child_run(release.run_id, AUTOENCODER) as run:
+        train = data.train.download()
+        key = begin_stage(release.entry_id, release.plan, AUTOENCODER, train)
+        resume, save = checkpoint(AUTOENCODER)
+        attempt = Run(work_folder(AUTOENCODER), binding_of(train, release.plan), resume, save)
+        autoencoder, decoder, curve = train_codec(train, release.release_config(), plan, key, attempt)
+        run.log_stage(plan, [AUTOENCODER], private_uri=release.account)
+        run.curve("procedural_loss", curve)
+        files = FlyteFile(str(autoencoder)), FlyteFile(str(decoder))
+        return Codec(autoencoder=files[0], decoder=files[1], run_id=run.run_id, paid_by=[AUTOENCODER])

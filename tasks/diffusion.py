@@ -1,0 +1,37 @@
+"""train_diffusion: stage 2."""
+
+from __future__ import annotations
+
+from flytekit import task
+from flytekit.types.file import FlyteFile
+
+from tasks._resources import GPU_TASK, begin_stage, checkpoint, work_folder
+from tasks.artifacts import DiffusionModel, Latents, Release
+
+
+@task(**GPU_TASK)
+def train_diffusion(release: Release, latents: Latents) -> DiffusionModel:
+    """Release the Gaussian prior of the latents, then train the denoiser on top of it with DP-SGD."""
+    from dpldm_core.data.schema import ImageSchema
+    from dpldm_core.privacy.plan import ReleasePlan
+    from dpldm_core.training import stages
+    from tasks import _tracking
+
+    plan, schema = ReleasePlan.model_validate_json(release.plan), ImageSchema.model_validate_json(release.schema)
+    with _tracking.child_run(release.run_id, "train_diffusion") as run:
+        private = latents.latents.download()
+        resume, save = checkpoint("train_diffusion")
+        binding = stages.binding_of(private, release.plan)
+        paid: list[str] = []
+
+        def key_of(stage: str):  # type: ignore[no-untyped-def]
+            paid.append(stage)
+            return begin_stage(release.entry_id, release.plan, stage, private)
+
+        attempt = stages.Run(work_folder("diffusion"), binding, resume, save)
+        path, curve = stages.train_diffusion(
+            private, latents.noise_std, release.release_config(), schema, plan, key_of, attempt
+        )
+        run.log_stage(plan, paid)
+        run.curve("released_latents_loss", curve)
+        return DiffusionModel(denoiser=FlyteFile(str(path)), run_id=run.run_id, paid_by=paid)

@@ -1,0 +1,29 @@
+"""ingest: one parquet of training records and one of held-out records, private."""
+
+from __future__ import annotations
+
+from flytekit import task
+from flytekit.types.file import FlyteFile
+
+from tasks._resources import CPU_TASK, data_root, download_folder, work_folder
+from tasks.artifacts import PrivateData, Release
+
+
+@task(**CPU_TASK)
+def ingest(release: Release) -> PrivateData:
+    """Load and validate the private data and write it with the public schema; needs an open reservation."""
+    from dpldm_core.data.ingest import ingest_dataset
+    from tasks import _tracking
+
+    config = release.release_config()
+    with _tracking.child_run(release.run_id, "ingest") as run:
+        run.private_input(release.account)
+        train, heldout = ingest_dataset(
+            config.dataset,
+            work_folder("ingest"),
+            split_key=release.entry_id.encode(),
+            data_root=data_root(),
+            cache_dir=download_folder(),
+            num_classes=config.num_classes,
+        )
+        return PrivateData(train=FlyteFile(str(train)), heldout=FlyteFile(str(heldout)), run_id=run.run_id)

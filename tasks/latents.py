@@ -1,0 +1,34 @@
+"""extract_latents: private latents, or released ones in the mode noised_latents."""
+
+from __future__ import annotations
+
+from flytekit import task
+from flytekit.types.file import FlyteFile
+
+from tasks._resources import CPU_TASK, begin_stage, work_folder
+from tasks.artifacts import PRIVATE, PUBLIC, Codec, Latents, PrivateData, Release
+
+
+@task(**CPU_TASK)
+def extract_latents(release: Release, data: PrivateData, codec: Codec) -> Latents:
+    """Encode the private records with the trained encoder."""
+    from dpldm_core.privacy.plan import ReleasePlan
+    from dpldm_core.training import stages
+    from tasks import _tracking
+
+    plan = ReleasePlan.model_validate_json(release.plan)
+    with _tracking.child_run(release.run_id, "extract_latents") as run:
+        train, autoencoder = data.train.download(), codec.autoencoder.download()
+        paid: list[str] = []
+
+        def key_of(stage: str):  # type: ignore[no-untyped-def]
+            paid.append(stage)
+            return begin_stage(release.entry_id, release.plan, stage, train)
+
+        attempt = stages.Run(work_folder("latents"))
+        path, noise_std = stages.extract_latents(train, autoencoder, release.release_config(), plan, key_of, attempt)
+        run.log_stage(plan, paid, private_uri=release.account)
+        visibility = PUBLIC if paid else PRIVATE
+        return Latents(
+            latents=FlyteFile(str(path)), noise_std=noise_std, run_id=run.run_id, paid_by=paid, visibility=visibility
+        )

@@ -1,0 +1,67 @@
+"""publish: the bundle, the registered model, and the end of the release; resampling makes another bundle for free."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from flytekit import task
+
+from tasks._resources import SMALL, execution_id, open_ledger, work_folder
+from tasks.artifacts import Codec, DiffusionModel, Evaluation, Latents, Release, Shard
+
+
+class Published(NamedTuple):
+    """Where the bundle is and what it promises."""
+
+    bundle: str
+    release_id: str
+    epsilon: float
+    delta: float
+
+
+@task(**SMALL)
+def publish(
+    release: Release, codec: Codec, latents: Latents, model: DiffusionModel, shards: list[Shard], evaluation: Evaluation
+) -> Published:
+    """Write and verify the bundle, close the ledger entry, register the model. The evaluation stays inside."""
+    from dpldm_core.release.publishing import publish_release
+    from tasks import _tracking
+
+    with _tracking.child_run(release.run_id, "publish") as run:
+        parts = [shard.images.download() for shard in shards]
+        files = {"decoder": codec.decoder.download(), "denoiser": model.denoiser.download()}
+        done = publish_release(
+            release.out,
+            release.release_id,
+            release.release_config(),
+            release.plan,
+            release.schema,
+            account=release.account,
+            entry=release.entry_id,
+            synthetic=parts,
+            model_files=files,
+            noise_std=latents.noise_std,
+            work=work_folder("publish"),
+        )
+        open_ledger().publish(release.entry_id, bundle_digest=done.digest)
+        run.publication(done, inputs=[codec.run_id, model.run_id], evaluation=evaluation.run_id)
+    _tracking.log_to_parent(release.run_id, done.promise())
+    _tracking.close_run(release.run_id)
+    print(done.summary())
+    return Published(done.bundle, release.release_id, done.report.epsilon, done.report.delta)
+
+
+@task(**SMALL)
+def resample(bundle: str, num_samples: int, seed: int, out: str) -> Published:
+    """Draw more images from a released model: post-processing, so neither epsilon nor the ledger changes."""
+    from dpldm_core.release.publishing import resample_release
+    from tasks import _tracking
+
+    done = resample_release(bundle, num_samples, seed, out, work_folder("resample"))
+    run_id = _tracking.open_run(done.release_id, execution_id(), {"parent_release_id": done.parent_release_id})
+    with _tracking.child_run(run_id, "resample") as run:
+        run.publication(done, inputs=[], evaluation="")
+    _tracking.log_to_parent(run_id, done.promise())
+    _tracking.close_run(run_id)
+    print(done.summary())
+    return Published(done.bundle, done.release_id, done.report.epsilon, done.report.delta)

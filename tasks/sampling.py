@@ -1,0 +1,30 @@
+"""sample_shard: synthetic images from the public models; post-processing."""
+
+from __future__ import annotations
+
+from flytekit import task
+from flytekit.types.file import FlyteFile
+
+from tasks._resources import GPU_TASK, work_folder
+from tasks.artifacts import Codec, DiffusionModel, Latents, Release, Shard
+
+
+@task(**GPU_TASK)
+def sample_shard(shard: int, release: Release, codec: Codec, latents: Latents, model: DiffusionModel) -> Shard:
+    """Draw one shard of the synthetic images."""
+    from dpldm_core.release.sampling import write_shard
+    from tasks import _tracking
+
+    config = release.release_config()
+    with _tracking.child_run(release.run_id, f"sample-{shard}") as run:
+        path = write_shard(
+            work_folder("sample"),
+            shard,
+            config,
+            release.schema,
+            decoder=codec.decoder.download(),
+            denoiser=model.denoiser.download(),
+            noise_std=latents.noise_std,
+        )
+        run.params(shard=shard, seed=config.seed)
+        return Shard(images=FlyteFile(str(path)), run_id=run.run_id)

@@ -1,0 +1,278 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dpldm_core.errors import BundleError
+from dpldm_core.release.bundle import MANIFEST, canonical_json, seal
+from dpldm_core.release.synthetic import write_synthetic_parquet
+from dpldm_core.release.verify import main, verify_bundle
+
+FILES = [
+    "synthetic/part-00000-of-00002.parquet",
+    "synthetic/part-00001-of-00002.parquet",
+    "model/decoder.safetensors",
+    "model/denoiser.safetensors",
+    "config.json",
+    "privacy_report.json",
+    "README.md",
+    "samples.png",
+    "manifest.json",
+]
+REPORT = "privacy_report.json"
+
+
+def problems(folder, **options):
+    with pytest.raises(BundleError) as caught:
+        verify_bundle(folder, **options)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_honest_bundle_verifies(folder, parts, strict):
+    found = verify_bundle(folder, strict=strict)
+    assert found.report == parts["report"]
+    assert (found.release_id, found.num_samples, found.num_files) == ("r1", 7, 9)
+    assert found.manifest_sha256 == json.loads((folder / MANIFEST).read_bytes())["manifest_sha256"]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_any_changed_byte_of_any_file_is_found(folder, name):
+    path = folder / name
+    honest = path.read_bytes()
+    for offset in (0, len(honest) // 3, len(honest) // 2, len(honest) - 1):
+        path.write_bytes(honest[:offset] + bytes([honest[offset] ^ 1]) + honest[offset + 1 :])
+        assert name in problems(folder)
+    for changed in (honest + b"\n", honest[:-1], b""):
+        path.write_bytes(changed)
+        assert name in problems(folder)
+    path.write_bytes(honest)
+    verify_bundle(folder)
+
+
+def test_every_byte_of_the_manifest_counts(folder):
+    path = folder / MANIFEST
+    honest = path.read_bytes()
+    assert all(honest[:i] + bytes([honest[i] ^ 1]) + honest[i + 1 :] != resealed(honest, i) for i in range(len(honest)))
+
+
+def resealed(honest, i):
+    """What verify would accept in place of the manifest with byte i changed, or b'' when it is no JSON object."""
+    try:
+        return seal(json.loads(honest[:i] + bytes([honest[i] ^ 1]) + honest[i + 1 :]))
+    except (ValueError, AttributeError):
+        return b""
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_missing_file_is_found(folder, name):
+    (folder / name).unlink()
+    assert name in problems(folder)
+
+
+@pytest.mark.parametrize("name", ["encoder.safetensors", "synthetic/more.parquet", ".hidden", "notes/latents.npy"])
+def test_an_extra_file_is_found_listed_or_not(folder, rewrite, name):
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_bytes(b"x")
+    assert f"{name} is not listed in manifest.json" in problems(folder)
+    rewrite(folder, "README.md", lambda text: text)  # lists the new file
+    assert f"{name} is no part of a bundle" in problems(folder)
+
+
+def test_links_are_no_files(folder, tmp_path):
+    target = tmp_path / "outside.png"
+    (folder / "samples.png").rename(target)
+    (folder / "samples.png").symlink_to(target)
+    assert "samples.png is not a plain file" in problems(folder)
+    os.mkfifo(folder / "pipe")
+    assert "pipe is not listed" in problems(folder)
+
+
+def test_every_problem_is_listed(folder):
+    (folder / "samples.png").write_bytes(b"")
+    (folder / "README.md").unlink()
+    (folder / "extra").write_bytes(b"")
+    (folder / "config.json").write_text("{")
+    said = problems(folder)
+    assert said.count("\n  - ") >= 4
+    assert all(name in said for name in ("samples.png", "README.md", "extra", "config.json"))
+
+
+def forge_drop(report):
+    report["events"] = report["events"][:1]
+
+
+def forge_drop_and_state(report):
+    """A consistent sentence over fewer events, but the old epsilon."""
+    report["events"] = report["events"][:1]
+    report["statement"] = report["statement"].replace("prior, diffusion", "prior")
+
+
+def forge_noise(report):
+    report["events"][0]["event"]["noise_multiplier"] = 1.0
+
+
+def forge_epsilon(report):
+    """Epsilon too small for its events, and a sentence that agrees."""
+    old = f"{report['epsilon']:.3f}"
+    report["epsilon"] = round(report["epsilon"] / 2, 3)
+    report["statement"] = report["statement"].replace(old, f"{report['epsilon']:.3f}")
+
+
+def forge_overstated(report):
+    report["epsilon"] *= 1 + 1e-5
+
+
+def forge_replace_one(report):
+    report["epsilon_replace_one"] = report["epsilon"]
+
+
+def forge_relation(report):
+    report["neighboring_relation"] = "REPLACE_ONE"
+    report["statement"] = report["statement"].replace(
+        "ADD_OR_REMOVE_ONE (adding or removing one record)", "REPLACE_ONE (replacing one record by any other)"
+    )
+
+
+def forge_delta(report):
+    report["delta"] = 1e-2
+    report["statement"] = report["statement"].replace("1e-05", "0.01")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        forge_drop,
+        forge_drop_and_state,
+        forge_noise,
+        forge_epsilon,
+        forge_overstated,
+        forge_replace_one,
+        forge_relation,
+        forge_delta,
+    ],
+)
+def test_a_report_that_its_events_contradict_fails_with_every_hash_right(folder, rewrite, change):
+    rewrite(folder, REPORT, change)
+    said = problems(folder)
+    assert "SHA-256" not in said and "manifest" not in said
+    assert "but its events cost" in said
+
+
+def test_both_numbers_are_named(folder, rewrite, parts):
+    honest = parts["report"].epsilon
+    rewrite(folder, REPORT, forge_epsilon)
+    assert f"states epsilon = {round(honest / 2, 3)}, but its events cost {honest}" in problems(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda r: r.update(statement="This release is perfectly private."), "statement does not say"),
+        (lambda r: r.update(unit_of_privacy="one pixel"), "statement does not say"),
+        (lambda r: r.update(neighboring_relation="NONE"), "neighboring_relation"),
+        (lambda r: r.update(events=[]), "events"),
+        (lambda r: r.update(epsilon="0.9"), "epsilon"),
+        (lambda r: r.update(epsilonn=0.1), "epsilonn"),
+        (lambda r: r.pop("ledger") and None, "ledger"),
+        (lambda r: r.update(latent_mechanism="noised_latents"), "REPLACE_ONE"),
+        (lambda r: r.update(release_id="r2"), "release 'r1'"),
+        (lambda r: r["events"][0].update(event={"class_name": "SecretDpEvent"}), "SecretDpEvent"),
+        (lambda r: r["events"][0]["event"].update(noise_multiplier=-1.0), "non-negative"),
+        (lambda r: r["events"][0]["event"].update(noise_multiplier=0.0), "events cost inf"),
+        (lambda r: r["events"][0]["event"].update(noise_multiplier=[1.0]), "no epsilon can be computed"),
+        (lambda r: r["events"][0].update(event={"class_name": "NonPrivateDpEvent"}), "events cost inf"),
+    ],
+)
+def test_a_malformed_report_is_refused(folder, rewrite, change, says):
+    rewrite(folder, REPORT, change)
+    assert says in problems(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "says"),
+    [
+        ("config.json", lambda c: c.update(epsilon=0.5), "exceeds the 0.5 asked for"),
+        ("config.json", lambda c: c.update(delta=1e-6), "delta is 1e-06"),
+        ("config.json", lambda c: c.update(latent_mechanism="noised_latents"), "latent_mechanism"),
+        ("config.json", lambda c: c.update(num_samples=8), "holds 7 images"),
+        ("config.json", lambda c: c.pop("epsilon") and None, "None asked for"),
+        ("README.md", lambda text: text.replace(b"epsilon = 0.", b"epsilon = 0.0"), "does not carry the statement"),
+        ("model/decoder.safetensors", lambda _: b"not tensors", "decoder.safetensors is not a safetensors file"),
+        ("synthetic/part-00000-of-00002.parquet", lambda _: b"PAR1", "part-00000-of-00002.parquet cannot be read"),
+    ],
+)
+def test_parts_that_contradict_each_other_fail_with_every_hash_right(folder, rewrite, name, change, says):
+    rewrite(folder, name, change)
+    said = problems(folder)
+    assert says in said and "SHA-256" not in said
+
+
+def test_a_dropped_part_is_missed_with_every_hash_right(folder, rewrite):
+    (folder / "synthetic/part-00001-of-00002.parquet").unlink()
+    rewrite(folder, "config.json", lambda config: config.update(num_samples=4))
+    assert "part-00000-of-00001.parquet is missing" in problems(folder)
+
+
+def test_strict_looks_at_every_image(folder, rewrite, tmp_path):
+    """The second part holds images of another size: only decoding them all shows it."""
+    other = tmp_path / "other.parquet"
+    write_synthetic_parquet(other, np.zeros((3, 9, 9, 1), np.uint8), np.zeros(3, np.int64), ["a", "b", "c"])
+    rewrite(folder, "synthetic/part-00001-of-00002.parquet", lambda _: other.read_bytes())
+    verify_bundle(folder)
+    assert "differ in size" in problems(folder, strict=True)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", "null", '{"a": NaN}', "[" * 100_000, '{"files": [1]}', "\ud800"])
+@pytest.mark.parametrize("name", ["manifest.json", "config.json", REPORT])
+def test_broken_json_is_said_not_raised(folder, name, text):
+    (folder / name).write_text(text, errors="surrogatepass")
+    assert name in problems(folder)
+
+
+def test_duplicate_keys_cannot_hide_a_second_epsilon(folder, rewrite):
+    """A reader that takes the first of two equal keys would see another number than one that takes the last."""
+    path = folder / REPORT
+    rewrite(folder, REPORT, lambda report: None)
+    forged = path.read_bytes().replace(b'  "epsilon":', b'  "epsilon": 0.1,\n  "epsilon":')
+    path.write_bytes(forged)
+    manifest = json.loads((folder / MANIFEST).read_bytes())
+    import hashlib
+
+    manifest["files"][REPORT] = {"sha256": hashlib.sha256(forged).hexdigest(), "size": len(forged)}
+    (folder / MANIFEST).write_bytes(seal(manifest))
+    assert "not in canonical form" in problems(folder)
+
+
+def test_a_newer_format_is_named(folder):
+    manifest = json.loads((folder / MANIFEST).read_bytes())
+    (folder / MANIFEST).write_bytes(seal(manifest | {"format_version": 2}))
+    assert "format_version=2" in problems(folder)
+    assert canonical_json(manifest) == seal(manifest)
+
+
+def test_command_line(folder, capsys):
+    assert main([str(folder)]) == 0
+    out = capsys.readouterr().out
+    assert all(text in out for text in ("r1", "ADD_OR_REMOVE_ONE", "one record", "epsilon", "1e-05", "9 files"))
+    (folder / "samples.png").write_bytes(b"")
+    assert main([str(folder), "--strict"]) == 1
+    printed = capsys.readouterr()
+    assert printed.out == "" and "samples.png" in printed.err
+    assert main([str(folder / "nothing")]) == 1
+    assert "no such folder" in capsys.readouterr().err
+
+
+def test_verify_runs_without_torch(folder):
+    root = Path(__file__).parents[2]
+    script = (
+        "import sys; sys.modules['torch'] = None\n"
+        "from dpldm_core.release.verify import main\n"
+        "code = main([sys.argv[1]]); assert 'matplotlib' not in sys.modules; sys.exit(code)"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(folder)], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
