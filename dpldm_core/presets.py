@@ -49,7 +49,13 @@ def _quick(num_records: int) -> dict[str, Any]:
             "P_std": 1.0,
             "noise_multiplicity": 4,
             "dp_sgd": _dp_sgd(
-                1024, num_records, num_steps=150, max_grad_norm=0.5, learning_rate=1e-3, ema_decay=0.97, budget_share=0.4
+                1024,
+                num_records,
+                num_steps=150,
+                max_grad_norm=0.5,
+                learning_rate=1e-3,
+                ema_decay=0.97,
+                budget_share=0.4,
             ),
         },
         "noised_latents": {"autoencoder_share": 0.1, "label_share": 0.3, "num_steps": 200, "batch_size": 512},
@@ -104,7 +110,12 @@ def _gpu(num_records: int) -> dict[str, Any]:
 def _smoke(num_records: int) -> dict[str, Any]:
     """Two steps of everything: for tests of the plumbing."""
     values = _quick(num_records)
-    values["autoencoder"] |= {"frequencies": 4, "refiner_channels": 4, "procedural_steps": 2, "procedural_batch_size": 8}
+    values["autoencoder"] |= {
+        "frequencies": 4,
+        "refiner_channels": 4,
+        "procedural_steps": 2,
+        "procedural_batch_size": 8,
+    }
     values["autoencoder"]["dp_sgd"] |= {"num_steps": 2}
     values["diffusion"] |= {"width": 16, "depth": 1, "noise_multiplicity": 2}
     values["diffusion"]["dp_sgd"] |= {"num_steps": 2}
@@ -187,8 +198,8 @@ def check_delta(delta: float, num_records: int) -> None:
     """
     if delta >= 1.0 / num_records:
         raise ConfigError(
-            f"delta={delta} must be below 1 / (number of records) = {1.0 / num_records:.2g}: a larger one would allow a "
-            f"mechanism that publishes one person's record. Use {0.1 / num_records:.0e} or less"
+            f"delta={delta} must be below 1 / (number of records) = {1.0 / num_records:.2g}: a larger one would allow "
+            f"a mechanism that publishes one person's record. Use {0.1 / num_records:.0e} or less"
         )
 
 

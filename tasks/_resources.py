@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import secrets
 import tempfile
 from collections.abc import Callable
 from functools import cache
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 CPU_IMAGE = "{{.image.cpu.fqn}}:{{.image.cpu.version}}"
 GPU_IMAGE = "{{.image.gpu.fqn}}:{{.image.gpu.version}}"
+_PROCESS = secrets.token_hex(8)
 _CORE = Path(__file__).resolve().parent.parent / "dpldm_core"
 
 
@@ -55,16 +57,16 @@ GPU_TASK: dict[str, Any] = {
 
 
 def execution_id() -> str:
-    """The id of this execution: Flyte's on a cluster, the process locally (where Flyte calls every one ``local``)."""
+    """The id of this execution: Flyte's on a cluster; locally, where that is always ``local``, one per process."""
     name = current_context().execution_id.name
-    return name if name != "local" else f"local-{os.uname().nodename}-{os.getpid()}"
+    return name if name != "local" else f"local-{_PROCESS}"
 
 
 def open_ledger() -> Ledger:
-    """The ledger at DPLDM_LEDGER_URL, else one SQLite file in the home folder, whatever ``out`` is."""
-    from dpldm_core.privacy.ledger import Ledger
+    """The ledger at DPLDM_LEDGER_URL, or the default one."""
+    from dpldm_core.privacy.ledger import Ledger, default_url
 
-    return Ledger(os.environ.get("DPLDM_LEDGER_URL") or f"sqlite:///{Path.home() / '.dpldm' / 'ledger.db'}")
+    return Ledger(default_url(os.environ))
 
 
 def data_root() -> str | None:

@@ -1,7 +1,8 @@
 """MLflow: the only file that imports it.
 
-One parent run per release, a child per task. The parent stays open across containers: it is made by ``open_run`` and ended
-by ``close_run``, by its id. Private data enters the lineage as a URI alone: no digest, no profile, no rows, no count.
+One parent run per release, a child per task. The parent stays open across containers: it is made by ``open_run`` and
+ended by ``close_run``, by its id. Private data enters the lineage as a
+URI alone: no digest, no profile, no rows, no count.
 """
 
 from __future__ import annotations
@@ -57,8 +58,8 @@ def _client() -> MlflowClient:
             client.search_experiments(max_results=1)
     except Exception as error:
         raise TrackingError(
-            f"MLFLOW_TRACKING_URI={uri!r} does not answer ({type(error).__name__}). Start the server, or unset the variable "
-            "to use a SQLite file in the current folder"
+            f"MLFLOW_TRACKING_URI={uri!r} does not answer ({type(error).__name__}). Start the server, or unset the "
+            "variable to use a SQLite file in the current folder"
         ) from None
     return client
 
@@ -72,13 +73,12 @@ def _experiment_id(client: MlflowClient) -> str:
     return client.create_experiment(EXPERIMENT, artifact_location=location)
 
 
-def open_run(release_id: str, execution_id: str, params: Mapping[str, Any]) -> str:
+def open_run(release_id: str, execution_id: str) -> str:
     """Open the parent run of a release; a retry of the same execution finds the one it already opened.
 
     Args:
         release_id: Name of the release and of the run.
         execution_id: Flyte's, or the local process.
-        params: Public parameters.
 
     Returns:
         The run's id.
@@ -92,10 +92,7 @@ def open_run(release_id: str, execution_id: str, params: Mapping[str, Any]) -> s
         if run.info.status == "RUNNING" and run.info.run_name == release_id:
             return run.info.run_id
     tags = {"flyte.execution_id": execution_id, "dpldm.release_id": release_id, "dpldm.kind": "release"}
-    run = client.create_run(experiment, run_name=release_id, tags=tags)
-    for key, value in params.items():
-        client.log_param(run.info.run_id, key, value)
-    return run.info.run_id
+    return client.create_run(experiment, run_name=release_id, tags=tags).info.run_id
 
 
 def close_run(run_id: str, *, failed: bool = False) -> None:
@@ -109,6 +106,13 @@ def find_open_runs(execution_id: str) -> list[str]:
     query = f"tags.`flyte.execution_id` = '{execution_id}' and tags.`dpldm.kind` = 'release'"
     runs = client.search_runs([_experiment_id(client)], query)
     return [run.info.run_id for run in runs if run.info.status == "RUNNING"]
+
+
+def log_params_to_parent(run_id: str, params: Mapping[str, Any]) -> None:
+    """Public parameters of the whole release."""
+    client = _client()
+    for key, value in params.items():
+        client.log_param(run_id, key, value)
 
 
 def log_to_parent(run_id: str, metrics: Mapping[str, float]) -> None:
@@ -187,11 +191,14 @@ class ChildRun:
         from mlflow.data.meta_dataset import MetaDataset
 
         source = HTTPDatasetSource(uri)  # any URI; resolving it would look at the data
-        mlflow.log_input(MetaDataset(source=source, name=name, digest=digest), context=context)
+        dataset = MetaDataset(source=source, name=name, digest=digest)  # type: ignore[abstract]
+        mlflow.log_input(dataset, context=context)
 
     def publication(self, done: Publication, *, inputs: Sequence[str], evaluation: str) -> None:
         """A published bundle: its promise, report, picture, data and model; links to the runs that it came from."""
-        self.params(bundle=done.bundle, **{f"made_by.{i}": run for i, run in enumerate(inputs)}, evaluated_by=evaluation)
+        self.params(
+            bundle=done.bundle, **{f"made_by.{i}": run for i, run in enumerate(inputs)}, evaluated_by=evaluation
+        )
         self.metrics(**done.promise())
         self.document(done.report.model_dump(mode="json"), "privacy_report.json")
         self.figure(done.samples_png, "samples.png")

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from flytekit import task
 from flytekit.types.file import FlyteFile
 
 from tasks._resources import GPU_TASK, begin_stage, checkpoint, work_folder
 from tasks.artifacts import DiffusionModel, Latents, Release
+
+if TYPE_CHECKING:
+    from dpldm_core.rng import SecretKey
 
 
 @task(**GPU_TASK)
@@ -24,7 +29,7 @@ def train_diffusion(release: Release, latents: Latents) -> DiffusionModel:
         binding = stages.binding_of(private, release.plan)
         paid: list[str] = []
 
-        def key_of(stage: str):  # type: ignore[no-untyped-def]
+        def key_of(stage: str) -> SecretKey:
             paid.append(stage)
             return begin_stage(release.entry_id, release.plan, stage, private)
 

@@ -25,5 +25,6 @@ def ingest(release: Release) -> PrivateData:
             data_root=data_root(),
             cache_dir=download_folder(),
             num_classes=config.num_classes,
+            split_by="position" if config.latent_mechanism == "noised_latents" else "content",
         )
         return PrivateData(train=FlyteFile(str(train)), heldout=FlyteFile(str(heldout)), run_id=run.run_id)

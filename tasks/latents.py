@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from flytekit import task
 from flytekit.types.file import FlyteFile
 
 from tasks._resources import CPU_TASK, begin_stage, work_folder
 from tasks.artifacts import PRIVATE, PUBLIC, Codec, Latents, PrivateData, Release
+
+if TYPE_CHECKING:
+    from dpldm_core.rng import SecretKey
 
 
 @task(**CPU_TASK)
@@ -21,7 +26,7 @@ def extract_latents(release: Release, data: PrivateData, codec: Codec) -> Latent
         train, autoencoder = data.train.download(), codec.autoencoder.download()
         paid: list[str] = []
 
-        def key_of(stage: str):  # type: ignore[no-untyped-def]
+        def key_of(stage: str) -> SecretKey:
             paid.append(stage)
             return begin_stage(release.entry_id, release.plan, stage, train)
 

@@ -1,4 +1,4 @@
-"""open_release: everything is decided, checked and paid for before the private data is read; and the failure handler."""
+"""open_release: everything is checked and reserved before the private data is read; and the failure handler."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import NamedTuple
 from flytekit import task
 from flytekit.types.error import FlyteError
 
-from tasks._resources import SMALL, code_digest, data_root, download_folder, execution_id, open_ledger
+from tasks._resources import SMALL, data_root, download_folder, execution_id, open_ledger
 from tasks.artifacts import Release
 
 
@@ -30,11 +30,11 @@ def open_release(
     out: str,
     config: str,
 ) -> Opened:
-    """Resolve and check every input, calibrate the noise, reserve the budget, open the MLflow run."""
-    from dpldm_core.release.opening import decide
+    """Check every input, reserve the budget, then validate the data and calibrate the noise; opens the MLflow run."""
+    from dpldm_core.release.opening import check_request, decide
     from tasks import _tracking
 
-    decided = decide(
+    request = check_request(
         dataset=dataset,
         epsilon=epsilon,
         delta=delta,
@@ -44,41 +44,44 @@ def open_release(
         budget_epsilon=budget_epsilon,
         out=out,
         config=config,
-        data_root=data_root(),
-        cache_dir=download_folder(),
     )
-    print(decided.summary())
     ledger = open_ledger()
-    run_id = _tracking.open_run(decided.release_id, execution_id(), decided.public_parameters())
+    run_id = _tracking.open_run(request.release_id, execution_id())
     try:
-        account = ledger.open_account(
-            decided.account,
-            budget_epsilon=decided.budget_epsilon,
-            delta=decided.config.delta,
-            relation=decided.plan.relation,
-            public=decided.built_in,
+        ledger.open_account(
+            request.account,
+            budget_epsilon=request.budget_epsilon,
+            delta=delta,
+            relation=request.relation,
+            public=request.public_data,
         )
         entry = ledger.reserve(
-            account.name,
-            release_id=decided.release_id,
+            request.account,
+            release_id=request.release_id,
             execution_id=execution_id(),
-            plan=decided.plan,
-            code_digest=code_digest(),
+            epsilon=epsilon,
+            delta=delta,
+            relation=request.relation,
+            cohort=request.cohort,
         )
+        decision = decide(request, data_root=data_root(), cache_dir=download_folder())
+        ledger.bind_plan(entry.entry_id, decision.plan)
     except Exception:
-        _tracking.close_run(run_id, failed=True)
+        close_failed_execution()
         raise
+    _tracking.log_params_to_parent(run_id, decision.public_parameters())
+    print(decision.summary())
     release = Release(
-        release_id=decided.release_id,
+        release_id=request.release_id,
         run_id=run_id,
-        account=account.name,
+        account=request.account,
         entry_id=entry.entry_id,
-        config=decided.config.model_dump_json(),
-        plan=decided.plan.model_dump_json(),
-        schema=decided.public_schema.model_dump_json(),
-        out=decided.out,
+        config=request.config.model_dump_json(),
+        plan=decision.plan.model_dump_json(),
+        schema=decision.schema.model_dump_json(),
+        out=request.out,
     )
-    return Opened(release, list(range(decided.config.sampling.num_shards)))
+    return Opened(release, list(range(request.config.sampling.num_shards)))
 
 
 @task(**SMALL)
@@ -94,7 +97,12 @@ def close_failed_release(
     config: str,
     err: FlyteError | None = None,
 ) -> None:
-    """Close the MLflow run and leave the ledger truthful: a hold on unread data is lifted, a started stage stays spent."""
+    """Close the MLflow run and leave the ledger truthful: only a hold on data that no mechanism read is lifted."""
+    close_failed_execution()
+
+
+def close_failed_execution() -> None:
+    """Close what this execution left open in the ledger and in MLflow."""
     from tasks import _tracking
 
     ledger = open_ledger()

@@ -58,7 +58,8 @@ def resample(bundle: str, num_samples: int, seed: int, out: str) -> Published:
     from tasks import _tracking
 
     done = resample_release(bundle, num_samples, seed, out, work_folder("resample"))
-    run_id = _tracking.open_run(done.release_id, execution_id(), {"parent_release_id": done.parent_release_id})
+    run_id = _tracking.open_run(done.release_id, execution_id())
+    _tracking.log_params_to_parent(run_id, {"parent_release_id": done.parent_release_id})
     with _tracking.child_run(run_id, "resample") as run:
         run.publication(done, inputs=[], evaluation="")
     _tracking.log_to_parent(run_id, done.promise())

@@ -46,8 +46,8 @@ def release_pipeline(
         delta: Probability that the promise may fail; well below 1 / (number of records).
         preset: quick (minutes on 2 cores), cpu (half an hour), gpu (one GPU).
         num_samples: Synthetic images; 0 takes the preset's number.
-        latent_mechanism: dp_sgd, or noised_latents (each latent is noised; only the first stage needs trust).
-        budget_epsilon: Cap of the data set's account when it is first opened; 0 = no cap for built-in sets, this release for own data.
+        latent_mechanism: dp_sgd, or noised_latents (each latent is noised; the trust boundary moves before stage 2).
+        budget_epsilon: Cap of a new account; 0 sets none for built-in sets, and just this release for own data.
         out: Folder or s3:// URI that the bundle is written to.
         config: JSON or YAML file that overrides single fields of the preset; unknown keys are refused.
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from dpldm_core.data.schema import write_records
 from dpldm_core.data.sources import load_dataset
-from dpldm_core.data.split import split_records
+from dpldm_core.data.split import SplitBy, split_records
 
 
 def ingest_dataset(
@@ -17,6 +17,7 @@ def ingest_dataset(
     data_root: str | None,
     cache_dir: str | None,
     num_classes: int | None,
+    split_by: SplitBy,
 ) -> tuple[Path, Path]:
     """Load, validate, split and write.
 
@@ -27,6 +28,7 @@ def ingest_dataset(
         data_root: Folder with MNIST and Fashion-MNIST.
         cache_dir: Where torchvision downloads to.
         num_classes: Declared public number of classes.
+        split_by: See :func:`split_records`.
 
     Returns:
         Paths of the training and the held-out records. Both private.
@@ -35,7 +37,9 @@ def ingest_dataset(
         DataError: The data cannot be used.
     """
     loaded = load_dataset(dataset, data_root=data_root, cache_dir=cache_dir, num_classes=num_classes)
-    train, heldout = (loaded.train, loaded.test) if loaded.test else split_records(loaded.train, key=split_key)
+    train, heldout = loaded.train, loaded.test
+    if heldout is None:
+        train, heldout = split_records(loaded.train, key=split_key, by=split_by)
     paths = folder / "train.parquet", folder / "heldout.parquet"
     for path, records in zip(paths, (train, heldout), strict=True):
         write_records(path, records)

@@ -50,7 +50,7 @@ def _draw(n: int, channels: int, height: int, width: int, generator: torch.Gener
     return (2 * inverted - 1).reshape(n, channels, height, width).clamp(-1, 1)
 
 
-def _strokes(pixels: Tensor, n: int, uniform) -> Tensor:  # type: ignore[no-untyped-def]
+def _strokes(pixels: Tensor, n: int, uniform) -> Tensor:
     """Soft ink around cubic Bezier curves, [n, p]."""
     control = uniform(n, _STROKES, 4, 2, low=0.12, high=0.88)
     control[:, 1:, 0] = torch.where(uniform(n, _STROKES - 1, 1) < 0.6, control[:, :-1, 3], control[:, 1:, 0])
@@ -63,7 +63,7 @@ def _strokes(pixels: Tensor, n: int, uniform) -> Tensor:  # type: ignore[no-unty
     return torch.sigmoid((thickness - distance) / softness * 2)
 
 
-def _blobs(pixels: Tensor, n: int, uniform) -> Tensor:  # type: ignore[no-untyped-def]
+def _blobs(pixels: Tensor, n: int, uniform) -> Tensor:
     """Soft boxes and ellipses (superellipses), turned at random, [n, p]; absent in half of the images."""
     total = torch.zeros(n, len(pixels))
     for probability in (0.4, 0.25, 0.2):
@@ -84,7 +84,7 @@ def _blobs(pixels: Tensor, n: int, uniform) -> Tensor:  # type: ignore[no-untype
     return total
 
 
-def _waves(pixels: Tensor, n: int, uniform) -> Tensor:  # type: ignore[no-untyped-def]
+def _waves(pixels: Tensor, n: int, uniform) -> Tensor:
     """A plane wave or a slow gradient in [0, 1], [n, p]."""
     frequency = 25.0 * uniform(n, 2, low=-1.0) * uniform(n, 1)
     return 0.5 + 0.5 * torch.sin(frequency @ pixels.T + uniform(n, 1, high=6.3))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -15,8 +16,8 @@ from dpldm_core.diffusion.loss import DenoiserFn
 def sample_noise(seed: int, indices: Sequence[int], *, num_draws: int, dim: int) -> Tensor:
     """Standard normal draws of each sample from its own stream: float32 [num_draws, n, dim].
 
-    A sample depends on (seed, index) alone, never on the batch it is drawn in. The streams are Philox (Salmon et al. 2011)
-    because torch's CPU generator keeps only 32 bits of a seed.
+    A sample depends on (seed, index) alone, never on the batch it is drawn in. The streams are Philox (Salmon et al.
+    2011) because torch's CPU generator keeps only 32 bits of a seed.
 
     Args:
         seed: Public seed of the release.
@@ -58,7 +59,7 @@ def heun_sampler(
     gamma = min(S_churn / (len(levels) - 1), math.sqrt(2) - 1)
     x = noise[0] * levels[0]
     ones = torch.ones(len(x), device=x.device)
-    for step, (sigma, following) in enumerate(zip(levels[:-1], levels[1:], strict=True)):
+    for step, (sigma, following) in enumerate(pairwise(levels)):
         raised = sigma * (1 + gamma)
         x = x + math.sqrt(raised**2 - sigma**2) * S_noise * noise[step + 1]
         slope = (x - denoiser(x, raised * ones, class_labels)) / raised

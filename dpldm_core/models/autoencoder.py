@@ -34,6 +34,7 @@ class Refiner(nn.Module):
         nn.init.zeros_(self.layers[-1].bias)  # type: ignore[arg-type]
 
     def forward(self, images: Tensor) -> Tensor:
+        """Images [n, c, h, w] to images of the same shape."""
         height, width = images.shape[2:]
         even = nn.functional.pad(images, (0, width % 2, 0, height % 2), mode="replicate")
         correction = nn.functional.pixel_shuffle(self.layers(nn.functional.pixel_unshuffle(even, 2)), 2)
@@ -49,6 +50,7 @@ class Encoder(nn.Module):
         self.refiner = Refiner(transform.shape[0], refiner_channels)
 
     def forward(self, images: Tensor) -> Tensor:
+        """Images [n, c, h, w] to latents [n, latent_dim]."""
         return LATENT_BOUND * torch.tanh(self.transform.analyse(self.refiner(images)) / LATENT_BOUND)
 
 
@@ -61,6 +63,7 @@ class Decoder(nn.Module):
         self.refiner = Refiner(transform.shape[0], refiner_channels)
 
     def forward(self, latents: Tensor) -> Tensor:
+        """Latents [n, latent_dim] to images [n, c, h, w]."""
         unbounded = LATENT_BOUND * torch.atanh((latents / LATENT_BOUND).clamp(-0.999, 0.999))
         return self.refiner(self.transform.synthesise(unbounded))
 
@@ -88,6 +91,7 @@ class Autoencoder(nn.Module):
         return self.encoder.transform.dim
 
     def forward(self, images: Tensor) -> Tensor:
+        """Images to their reconstructions, [n, c, h, w]."""
         return self.decoder(self.encoder(images))
 
 
@@ -97,8 +101,10 @@ class FrequencyTransform(nn.Module):
     RGB is first turned into luminance and two colour differences by an orthonormal matrix.
     """
 
-    analysis: Tensor
     colour: Tensor
+    rows: Tensor
+    cols: Tensor
+    amplitude: Tensor
 
     def __init__(self, channels: int, height: int, width: int, frequencies: int) -> None:
         super().__init__()

@@ -19,6 +19,7 @@ class Block(nn.Module):
         self.modulate, self.linear = nn.Linear(condition, 2 * width), nn.Linear(width, width)
 
     def forward(self, h: Tensor, condition: Tensor) -> Tensor:
+        """Hidden [n, width] and condition [n, condition] to hidden [n, width]."""
         scale, shift = self.modulate(condition).chunk(2, dim=-1)
         normed = nn.functional.layer_norm(h, h.shape[-1:])  # no weights of its own, within one row
         return h + self.linear(nn.functional.gelu(normed * (1 + scale) + shift))
@@ -39,6 +40,7 @@ class ResidualNetwork(nn.Module):
         nn.init.zeros_(self.outer.bias)
 
     def forward(self, x: Tensor, c_noise: Tensor, class_labels: Tensor) -> Tensor:
+        """Inputs [n, 2 dim], log-sigma [n] and int64 labels [n] to [n, dim]."""
         angles = c_noise[:, None] * self.frequencies  # type: ignore[operator]
         times = torch.cat([c_noise[:, None], angles.sin(), angles.cos()], dim=1)
         classes = nn.functional.one_hot(class_labels, self.num_classes).to(x.dtype)

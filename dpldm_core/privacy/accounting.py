@@ -16,14 +16,15 @@ from importlib.metadata import version
 from typing import Any
 
 import dp_accounting
-from dp_accounting import NeighboringRelation
+from dp_accounting import DpEvent, NeighboringRelation
 from dp_accounting import dp_event as dpe
 from dp_accounting.pld import PLDAccountant
 from dp_accounting.rdp import RdpAccountant
+from scipy.optimize import brentq
+from scipy.stats import norm
 
 from dpldm_core.errors import AccountingError
 
-DpEvent = dpe.DpEvent
 __all__ = [
     "DpEvent",
     "NeighboringRelation",
@@ -34,6 +35,7 @@ __all__ = [
     "event_from_json",
     "event_to_json",
     "gaussian_event",
+    "gaussian_mu",
     "poisson_gaussian_event",
     "randomized_response_event",
     "rdp_epsilon",
@@ -49,6 +51,23 @@ TRUNCATION_DELTA_SHARE = 1e-6
 def gaussian_event(noise_multiplier: float) -> DpEvent:
     """One Gaussian release whose noise has ``noise_multiplier`` times the L2 clip norm as standard deviation."""
     return dpe.GaussianDpEvent(noise_multiplier)
+
+
+def gaussian_mu(epsilon: float, delta: float) -> float:
+    """Largest sensitivity over standard deviation at which one Gaussian release is (epsilon, delta)-DP.
+
+    Balle and Wang (2018), Theorem 8: delta = Phi(mu/2 - epsilon/mu) - e^epsilon Phi(-mu/2 - epsilon/mu).
+
+    >>> round(1 / gaussian_mu(4.3777, 1e-5), 3)
+    1.0
+    """
+
+    def excess(log_mu: float) -> float:
+        mu = math.exp(log_mu)
+        tail = math.exp(epsilon + norm.logcdf(-mu / 2 - epsilon / mu))
+        return float(norm.cdf(mu / 2 - epsilon / mu)) - tail - delta
+
+    return math.exp(float(brentq(excess, math.log(1e-8), math.log(1e4), xtol=1e-10)))
 
 
 def poisson_gaussian_event(sample_rate: float, noise_multiplier: float, num_steps: int) -> DpEvent:

@@ -22,6 +22,11 @@ LATENTS, LABELS = "extract_latents", "extract_labels"
 _UNSET = 1.0  # noise of a mechanism before calibration
 
 
+def relation_of(latent_mechanism: str) -> str:
+    """The neighbouring relation under which a release can be stated: noised latents show how many records there are."""
+    return "REPLACE_ONE" if latent_mechanism == "noised_latents" else "ADD_OR_REMOVE_ONE"
+
+
 def plan_release(config: ReleaseConfig, *, num_classes: int, latent_dim: int, grouped: bool) -> ReleasePlan:
     """Every private mechanism of a release, calibrated together to the asked epsilon.
 
@@ -40,14 +45,12 @@ def plan_release(config: ReleaseConfig, *, num_classes: int, latent_dim: int, gr
     """
     records = config.max_records_per_group if grouped else 1
     if config.latent_mechanism == "dp_sgd":
-        relation = "ADD_OR_REMOVE_ONE"
         mechanisms: list[tuple[MechanismPlan, float]] = [
             (_dp_sgd(AUTOENCODER, config.autoencoder.dp_sgd), config.autoencoder.dp_sgd.budget_share),
             (GaussianSumPlan(stage=PRIOR, max_norm=1.0, noise_multiplier=_UNSET), config.prior.budget_share),
             (_dp_sgd(DIFFUSION, config.diffusion.dp_sgd), config.diffusion.dp_sgd.budget_share),
         ]
     else:
-        relation = "REPLACE_ONE"
         shares = config.noised_latents
         label_share = shares.label_share if num_classes > 1 else 0.0
         radius = config.prior.clip_norm * math.sqrt(latent_dim * records)
@@ -63,7 +66,11 @@ def plan_release(config: ReleaseConfig, *, num_classes: int, latent_dim: int, gr
             mechanisms.append((labels, label_share))
     unit = f"one person (at most {records} records)" if grouped else "one record"
     return calibrate(
-        mechanisms, target_epsilon=config.epsilon, delta=config.delta, relation=relation, unit_of_privacy=unit
+        mechanisms,
+        target_epsilon=config.epsilon,
+        delta=config.delta,
+        relation=relation_of(config.latent_mechanism),
+        unit_of_privacy=unit,
     )
 
 
@@ -89,7 +96,7 @@ def calibrate(
     """Find the noise multipliers of all mechanisms together so that the release costs the target.
 
     Args:
-        mechanisms: (plan, share): each plan's own noise multiplier is replaced; shares of mu^2 (of Gaussian DP) sum to 1.
+        mechanisms: (plan, share): each plan's noise multiplier is replaced; shares of mu^2 (Gaussian DP) sum to 1.
         target_epsilon: Epsilon asked for the whole release.
         delta: Delta asked for.
         relation: dp-accounting's name of the neighbouring relation.

@@ -41,7 +41,8 @@ def _linear_rows(layer: nn.Linear, a: Tensor, b: Tensor, units: int) -> tuple[Te
 
 def _conv_rows(layer: nn.Conv2d, a: Tensor, b: Tensor, units: int) -> tuple[Tensor, Tensor]:
     """Every output pixel is one row: its receptive field (strided view, no F.unfold) and its output gradient."""
-    (kh, kw), (sh, sw), (ph, pw) = layer.kernel_size, layer.stride, layer.padding  # type: ignore[misc]
+    assert not isinstance(layer.padding, str)  # refused by _check_layer
+    (kh, kw), (sh, sw), (ph, pw) = layer.kernel_size, layer.stride, layer.padding
     padded = F.pad(a, (pw, pw, ph, ph))
     patches = padded.unfold(2, kh, sh).unfold(3, kw, sw)  # [n, c, oh, ow, kh, kw]
     rows = patches.permute(0, 2, 3, 1, 4, 5).reshape(units, -1, layer.in_channels * kh * kw)
@@ -136,8 +137,8 @@ class BookKeeping:
             loss = loss_fn()
         if loss.shape != (units,):
             raise UnsupportedLayerError(
-                f"the loss has shape {tuple(loss.shape)}; one loss per unit, shape ({units},), is needed: another shape "
-                "broadcasts and mixes records"
+                f"the loss has shape {tuple(loss.shape)}; one loss per unit, shape ({units},), is needed: another "
+                "shape broadcasts and mixes records"
             )
         if missing := set(self._layers) - {name for name, _, _ in self._calls}:
             raise UnsupportedLayerError(f"{sorted(missing)} did not run in the forward pass: its noise would be missed")

@@ -1,7 +1,7 @@
 """DP-SGD: one step = Poisson batch, clipped sum, noise. Loop and accountant read the same plan.
 
-The gradient handed to the optimizer is (clipped sum + noise) / (sigma C): its noise has unit variance. Nothing divides by
-a batch size, because the real one is private and the expected one would need the private number of records.
+The gradient handed to the optimizer is (clipped sum + noise) / (sigma C): its noise has unit variance. Nothing divides
+by a batch size: the real one is private, and the expected one would need the private number of records.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class DpSgdEngine:
         plan: q, sigma, T and C.
         key: Secret key of this run. Batches and noise of step t are functions of (key, t): a resumed run repeats them.
         loss: ``loss(model, batch) -> [units]``, one loss per unit, without any mixing of units.
-        probe: A batch of made-up units of the right shapes, on which the clip is checked before private data is touched.
+        probe: A batch of made-up units of the right shapes, on which the clip is checked before private data is read.
         physical_batch_size: Units per forward pass; cannot change the result beyond float rounding.
 
     Raises:

@@ -50,8 +50,8 @@ def class_contributions(
 ) -> Tensor:
     """The exact sum that :func:`noisy_class_moments` releases: one unit moves it by at most 1 in L2.
 
-    A record of class y adds w (COUNT, MEAN v / R, SECOND v v^T / R^2) to block y, where v is clipped to R; the weights of
-    one unit's records sum to at most 1.
+    A record of class y adds w (COUNT, MEAN v / R, SECOND v v^T / R^2) to block y, where v is clipped to R; the weights
+    of one unit's records sum to at most 1.
 
     Returns:
         float64 [num_classes, 1 + d + d (d + 1) / 2], outer products with off-diagonals times sqrt(2).
@@ -134,8 +134,8 @@ def noisy_records(plan: GaussianRecordPlan, key: SecretKey, vectors: Tensor, rec
         plan: Clip norm of a unit and noise.
         key: Secret key of this mechanism.
         vectors: Private vectors [n, d].
-        records_per_unit: Most records that one unit holds; each is clipped to max_norm / sqrt(records_per_unit), so that
-            the unit's stacked vectors stay within max_norm.
+        records_per_unit: Most records that one unit holds; each is clipped to max_norm / sqrt(records_per_unit), so
+            that the unit's stacked vectors stay within max_norm.
 
     Returns:
         Released vectors, float32 [n, d].

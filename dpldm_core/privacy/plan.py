@@ -214,5 +214,5 @@ def check_expected_batch(plan: DpSgdPlan, num_units: int, minimum: int) -> None:
     if plan.sample_rate * num_units < minimum:
         raise DataError(
             f"too few records: {num_units} units at sample_rate={plan.sample_rate} give an expected batch of "
-            f"{plan.sample_rate * num_units:.1f}, below {minimum}. Use more records, or a config with a higher sample_rate"
+            f"{plan.sample_rate * num_units:.1f}, below {minimum}. Use more records, or a higher sample_rate (config)"
         )

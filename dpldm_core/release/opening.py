@@ -14,7 +14,7 @@ from dpldm_core.data.schema import ImageSchema
 from dpldm_core.data.sources import BUILTIN_DATASETS, load_dataset
 from dpldm_core.errors import ConfigError
 from dpldm_core.presets import check_delta, load_overrides, resolve_config
-from dpldm_core.privacy.calibration import plan_release
+from dpldm_core.privacy.calibration import plan_release, relation_of
 from dpldm_core.privacy.plan import DpSgdPlan, LabelPlan, ReleasePlan, check_expected_batch
 from dpldm_core.release.bundle import check_target
 
@@ -22,50 +22,68 @@ MIN_EXPECTED_BATCH = 16
 
 
 @dataclass(frozen=True)
-class Decided:
-    """A release that may be opened: resolved, checked, calibrated; nothing is spent yet."""
+class Request:
+    """What is asked for, checked as far as that goes without reading any private data.
+
+    Args:
+        release_id: Name of the release.
+        account: Ledger account.
+        cohort: Declared set of units, disjoint from the account's other cohorts; empty: all units.
+        public_data: Whether the data set is a built-in public one, which protects nobody.
+        budget_epsilon: Cap of the account when it is first opened.
+        out: Folder or URI of releases.
+        config: The resolved configuration.
+    """
 
     release_id: str
     account: str
-    built_in: bool
+    cohort: str
+    public_data: bool
     budget_epsilon: float
     out: str
     config: ReleaseConfig
-    public_schema: ImageSchema
+
+    @property
+    def relation(self) -> str:
+        """dp-accounting's name of the neighbouring relation of the statement."""
+        return relation_of(self.config.latent_mechanism)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """A release that may begin: its data is valid, its noise calibrated; nothing is spent yet."""
+
+    request: Request
+    schema: ImageSchema
     plan: ReleasePlan
 
     def public_parameters(self) -> dict[str, Any]:
         """What the MLflow run shows of it."""
-        config = self.config
-        spent = {f"noise.{m.stage}": _noise_of(m) for m in self.plan.mechanisms}
+        config = self.request.config
         return {
-            "dataset": config.dataset,
-            "epsilon": config.epsilon,
-            "delta": config.delta,
-            "preset": config.preset,
-            "latent_mechanism": config.latent_mechanism,
+            **{name: getattr(config, name) for name in ("dataset", "epsilon", "delta", "preset", "latent_mechanism")},
             "num_samples": config.num_samples,
             "neighboring_relation": self.plan.relation,
             "unit_of_privacy": self.plan.unit_of_privacy,
-            **spent,
+            **{f"noise.{m.stage}": _noise_of(m) for m in self.plan.mechanisms},
         }
 
     def summary(self) -> str:
         """What the steward sees before anything is spent."""
-        config = self.config
+        request, config, schema = self.request, self.request.config, self.schema
         lines = [
-            f"release      {self.release_id}  ->  {self.out}/{self.release_id}",
-            f"data         {config.dataset}  ({self.public_schema.height}x{self.public_schema.width}x"
-            f"{self.public_schema.channels}, {self.public_schema.num_classes} classes: treated as public)",
+            f"release      {request.release_id}  ->  {request.out}/{request.release_id}",
+            f"data         {config.dataset}  ({schema.height}x{schema.width}x{schema.channels}, {schema.num_classes} "
+            "classes: treated as public)",
             f"promise      epsilon {config.epsilon:g}, delta {config.delta:g}, {self.plan.relation}, one unit = "
             f"{self.plan.unit_of_privacy}",
-            f"account      {self.account}  (cap {self.budget_epsilon:g} when first opened)",
+            f"account      {request.account}",
         ]
         lines += [f"mechanism    {m.stage}: {m.kind}, noise {_noise_of(m):.4g}" for m in self.plan.mechanisms]
         return "\n".join(lines)
 
 
-def decide(
+def check_request(
     *,
     dataset: str,
     epsilon: float,
@@ -76,13 +94,8 @@ def decide(
     budget_epsilon: float,
     out: str,
     config: str,
-    data_root: str | None,
-    cache_dir: str | None,
-) -> Decided:
-    """Resolve and check all inputs of a release and calibrate its noise.
-
-    Own data is opened here to learn its schema, which is treated as public, and to find faults that the steward must mend.
-    Nothing computed from it leaves this function but that schema.
+) -> Request:
+    """Resolve and check the inputs of a release. Reads no data.
 
     Args:
         dataset: Built-in name, path or URI.
@@ -91,19 +104,17 @@ def decide(
         preset: Name of a preset.
         num_samples: 0 for the preset's own.
         latent_mechanism: ``dp_sgd`` or ``noised_latents``.
-        budget_epsilon: Cap of the account when it is first opened; 0 for the default.
+        budget_epsilon: Cap of the account when it is first opened; 0 for the default: none for built-in sets, the asked
+            epsilon (one release) for own data.
         out: Folder or URI of releases.
-        config: File of overrides, or empty.
-        data_root: Folder with MNIST and Fashion-MNIST.
-        cache_dir: Where torchvision downloads to.
+        config: File of overrides, or empty. ``release_id``, ``account`` and ``cohort`` may stand in it too.
 
     Raises:
         ConfigError: A parameter is unknown or out of range.
-        DataError: The data cannot be used.
         BundleError: ``out`` holds that release already or cannot be written.
     """
     overrides = load_overrides(config)
-    release_id = str(overrides.pop("release_id", "") or _new_release_id(dataset, epsilon))
+    names = {key: str(overrides.pop(key, "") or "") for key in ("release_id", "account", "cohort")}
     if not (math.isfinite(budget_epsilon) and budget_epsilon >= 0):
         raise ConfigError(f"budget_epsilon={budget_epsilon} must be 0 (the default cap) or a finite number above 0")
     built_in = BUILTIN_DATASETS.get(dataset)
@@ -117,28 +128,46 @@ def decide(
         public_num_records=built_in.num_records if built_in else None,
         overrides=overrides,
     )
+    release_id = names["release_id"] or _new_release_id(dataset, epsilon)
     check_target(out, release_id)
-    loaded = load_dataset(dataset, data_root=data_root, cache_dir=cache_dir, num_classes=resolved.num_classes)
-    schema = loaded.train.schema
-    check_delta(delta, loaded.train.num_units)
-    latent_dim = schema.channels * min(resolved.autoencoder.frequencies, schema.height) * min(
-        resolved.autoencoder.frequencies, schema.width
+    return Request(
+        release_id=release_id,
+        account=names["account"] or account_name(dataset),
+        cohort=names["cohort"],
+        public_data=built_in is not None,
+        budget_epsilon=budget_epsilon or (math.inf if built_in else epsilon),
+        out=out,
+        config=resolved,
     )
-    plan = plan_release(resolved, num_classes=schema.num_classes, latent_dim=latent_dim, grouped=schema.grouped)
+
+
+def decide(request: Request, *, data_root: str | None, cache_dir: str | None) -> Decision:
+    """Validate the data, learn its public schema, and calibrate the noise. The budget must be reserved by now.
+
+    Nothing computed from own data leaves this function but its schema, which is treated as public, and faults that the
+    steward must mend.
+
+    Args:
+        request: What is asked for.
+        data_root: Folder with MNIST and Fashion-MNIST.
+        cache_dir: Where torchvision downloads to.
+
+    Raises:
+        ConfigError: delta is too large for the data.
+        DataError: The data cannot be used.
+        AccountingError: No noise meets the target.
+    """
+    config = request.config
+    loaded = load_dataset(config.dataset, data_root=data_root, cache_dir=cache_dir, num_classes=config.num_classes)
+    schema = loaded.train.schema
+    check_delta(config.delta, loaded.train.num_units)
+    frequencies = config.autoencoder.frequencies
+    latent_dim = schema.channels * min(frequencies, schema.height) * min(frequencies, schema.width)
+    plan = plan_release(config, num_classes=schema.num_classes, latent_dim=latent_dim, grouped=schema.grouped)
     for mechanism in plan.mechanisms:
         if isinstance(mechanism, DpSgdPlan):
             check_expected_batch(mechanism, loaded.train.num_units, MIN_EXPECTED_BATCH)
-    default_cap = math.inf if built_in else epsilon
-    return Decided(
-        release_id=release_id,
-        account=account_name(dataset),
-        built_in=built_in is not None,
-        budget_epsilon=budget_epsilon or default_cap,
-        out=out,
-        config=resolved,
-        public_schema=schema,
-        plan=plan,
-    )
+    return Decision(request, schema, plan)
 
 
 def account_name(dataset: str) -> str:

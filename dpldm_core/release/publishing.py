@@ -61,7 +61,9 @@ class Publication:
 
     def summary(self) -> str:
         """What the steward sees at the end."""
-        return f"{self.report.statement}\nbundle: {self.bundle}\nverify: python -m dpldm_core.release.verify {self.bundle}"
+        return (
+            f"{self.report.statement}\nbundle: {self.bundle}\nverify: python -m dpldm_core.release.verify {self.bundle}"
+        )
 
 
 def publish_release(

@@ -156,7 +156,7 @@ def extract_latents(
     units = _units(records, encode(model, to_tensor(records.images)), config)
     latents, labels, noise_std = units.values, units.class_labels, 0.0
     if config.latent_mechanism == "noised_latents":
-        kept = units.table[units.table >= 0]
+        kept = _full_rows(units.table)
         mechanism = plan.mechanism(LATENTS)
         assert isinstance(mechanism, GaussianRecordPlan)
         per_unit = units.table.shape[1]
@@ -285,3 +285,12 @@ def shard_indices(num_samples: int, shard: int, num_shards: int) -> range:
 def _units(records: Records, values: Tensor, config: ReleaseConfig) -> Units:
     table = group_table(records, config.max_records_per_group if records.schema.grouped else 1)
     return Units(values, torch.from_numpy(records.labels), torch.from_numpy(table))
+
+
+def _full_rows(table: Tensor) -> Tensor:
+    """Record indices with every unit's M slots filled by its own records in turn, [units M].
+
+    So every unit releases as many latents, and the number of them does not tell how many records a person has.
+    """
+    counts = (table >= 0).sum(1, keepdim=True)
+    return table.gather(1, torch.arange(table.shape[1])[None] % counts).flatten()

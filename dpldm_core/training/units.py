@@ -33,7 +33,7 @@ class Units:
         """The units with the given indices.
 
         Returns:
-            ``values`` [B, M, ...], ``class_labels`` [B, M], ``weights`` [B, M]: 1 / (records of the unit), 0 on padding.
+            ``values`` [B, M, ...], ``class_labels`` [B, M], ``weights`` [B, M]: 1 / (unit's records), 0 on padding.
         """
         records = self.table[indices.to(self.table.device)]
         present = (records >= 0).float()
@@ -58,7 +58,9 @@ class Units:
         weights = torch.ones(shape)
         weights[0, 1:] = 0.0
         return {
-            "values": torch.randn(*shape, *self.values.shape[1:], generator=generator).clamp(-1, 1).to(self.values.device),
+            "values": torch.randn(*shape, *self.values.shape[1:], generator=generator)
+            .clamp(-1, 1)
+            .to(self.values.device),
             "class_labels": torch.randint(num_classes, shape, generator=generator).to(self.values.device),
             "weights": (weights / weights.sum(1, keepdim=True)).to(self.values.device),
         }

@@ -1,0 +1,105 @@
+"""What all releases of one account cost together.
+
+Plans that were fixed before the account's first mechanism ran compose as one PLD. A plan chosen later may depend on
+what earlier releases showed; then PLD is no longer valid, and a Renyi filter is used (Lecuyer 2021; Feldman and Zrnic
+2021): the Renyi divergences of all plans add up and are converted once. Under REPLACE_ONE, where our Renyi accountant
+is not used, such plans add up by basic composition. Disjoint cohorts compose in parallel under ADD_OR_REMOVE_ONE.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from dpldm_core.privacy import accounting
+from dpldm_core.privacy.accounting import DpEvent, NeighboringRelation
+from dpldm_core.privacy.plan import DpSgdPlan, ReleasePlan
+
+EVERY_COHORT = ""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What one release, or one slot of a sealed schedule, may cost.
+
+    Args:
+        events: Everything that it may release.
+        truncation: Sum over its DP-SGD steps of the probability that a batch is cut.
+        fixed_at: Ledger link at which its events were fixed.
+        first_read_at: Ledger link of its first mechanism's commit; None before.
+        cohort: Declared set of units that it reads, disjoint from every other one; empty: all of them.
+    """
+
+    events: tuple[DpEvent, ...]
+    truncation: float
+    fixed_at: int
+    first_read_at: int | None
+    cohort: str = EVERY_COHORT
+
+
+def truncation_of(plan: ReleasePlan) -> float:
+    """Sum over the steps of all DP-SGD stages of the probability that a batch is cut."""
+    return sum(m.num_steps * m.truncation_probability for m in plan.mechanisms if isinstance(m, DpSgdPlan))
+
+
+def placeholder(epsilon: float, delta: float, relation: NeighboringRelation) -> DpEvent:
+    """One Gaussian release that costs (epsilon, delta): stands for a plan that is not made yet."""
+    changes = 2.0 if relation is NeighboringRelation.REPLACE_ONE else 1.0  # in units of the clip norm
+    return accounting.gaussian_event(changes / accounting.gaussian_mu((1 - 1e-3) * epsilon, delta))
+
+
+def joint_epsilon(claims: Sequence[Claim], delta: float, relation: NeighboringRelation) -> float:
+    """Epsilon of all claims together at ``delta``.
+
+    Args:
+        claims: Every release that was reserved and not cancelled, and every open slot of a sealed schedule.
+        delta: The account's delta.
+        relation: The account's relation.
+
+    Returns:
+        An upper bound; infinite when no statement can be made.
+    """
+    cohorts = {c.cohort for c in claims} - {EVERY_COHORT}
+    if relation is not NeighboringRelation.ADD_OR_REMOVE_ONE or not cohorts:
+        return _sequential(claims, delta, relation)
+    return max(
+        _sequential([c for c in claims if c.cohort in (EVERY_COHORT, name)], delta, relation) for name in cohorts
+    )
+
+
+def is_adaptive(claims: Sequence[Claim]) -> bool:
+    """Whether a claim's events were fixed after another claim's first mechanism had run."""
+    reads = sorted((c.first_read_at, i) for i, c in enumerate(claims) if c.first_read_at is not None)
+    return any(c.fixed_at > read for i, c in enumerate(claims) for read, j in reads if i != j)
+
+
+def _sequential(claims: Sequence[Claim], delta: float, relation: NeighboringRelation) -> float:
+    if not claims:
+        return 0.0
+    truncation = sum(c.truncation for c in claims)
+    events = [event for c in claims for event in c.events]
+    if not is_adaptive(claims):
+        return _keeping_back(lambda d: accounting.epsilon(events, d, relation), truncation, delta)
+    if relation is NeighboringRelation.ADD_OR_REMOVE_ONE:
+        return _keeping_back(lambda d: accounting.rdp_epsilon(events, d), truncation, delta)
+
+    def basic(d: float) -> float:  # the i-th claim, in the order of fixing, gets delta 2^-i
+        ordered = sorted(claims, key=lambda c: c.fixed_at)
+        return sum(accounting.epsilon(c.events, d * 2.0 ** -(i + 1), relation) for i, c in enumerate(ordered))
+
+    return _keeping_back(basic, truncation, delta)
+
+
+def _keeping_back(epsilon_at: Callable[[float], float], truncation: float, delta: float) -> float:
+    """Epsilon at delta minus what cut batches may cost: (1 + e^epsilon) times their probability."""
+    kept = accounting.TRUNCATION_DELTA_SHARE * delta
+    for _ in range(50):
+        if kept > delta / 2:
+            return math.inf
+        spent = epsilon_at(delta - kept)
+        needed = (1.0 + math.exp(min(spent, 700.0))) * truncation
+        if needed <= kept:
+            return spent
+        kept = 2.0 * needed
+    return math.inf
