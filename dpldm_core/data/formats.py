@@ -26,8 +26,8 @@ _IGNORED = {"thumbs.db", "desktop.ini"}
 
 def read_npz(path: Path) -> tuple[RawRecords, RawRecords | None]:
     """``images``, optional ``labels``, ``group``, ``class_names``; optional ``test_images`` and ``test_labels``."""
-    with np.load(path, allow_pickle=False) as file:
-        arrays = {name: file[name] for name in file.files}
+    with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
+        arrays = dict(file.items())
     allowed = {"images", "labels", "group", "class_names", "test_images", "test_labels"}
     if "images" not in arrays or set(arrays) - allowed:
         raise DataError(

@@ -158,7 +158,16 @@ def _reading(name: str, read: Callable[[Path], Any], path: Path) -> Any:
     """Turn a library's complaint about a damaged file into one of ours."""
     try:
         return read(path)
-    except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile, pa.ArrowException) as error:
+    except (
+        OSError,
+        EOFError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        zipfile.BadZipFile,
+        pa.ArrowException,
+    ) as error:
         raise DataError(f"{name} is damaged or not of its format: {type(error).__name__}: {error}") from error
 
 
