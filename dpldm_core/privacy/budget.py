@@ -77,12 +77,12 @@ def is_adaptive(claims: Sequence[Claim]) -> bool:
 def _sequential(claims: Sequence[Claim], delta: float, relation: NeighboringRelation) -> float:
     if not claims:
         return 0.0
-    truncation = sum(c.truncation for c in claims)
+    share, truncation = accounting.TRUNCATION_DELTA_SHARE, sum(c.truncation for c in claims)
     events = [event for c in claims for event in c.events]
     if not is_adaptive(claims):
         return _keeping_back(lambda d: accounting.epsilon(events, d, relation), truncation, delta)
     if relation is NeighboringRelation.ADD_OR_REMOVE_ONE:
-        return _keeping_back(lambda d: accounting.rdp_epsilon(events, d), truncation, delta)
+        return _keeping_back(lambda d: accounting.rdp_epsilon(events, d * (1 - share)), truncation, delta)
 
     def basic(d: float) -> float:  # the i-th claim, in the order of fixing, gets delta 2^-i
         ordered = sorted(claims, key=lambda c: c.fixed_at)
@@ -92,14 +92,15 @@ def _sequential(claims: Sequence[Claim], delta: float, relation: NeighboringRela
 
 
 def _keeping_back(epsilon_at: Callable[[float], float], truncation: float, delta: float) -> float:
-    """Epsilon at delta minus what cut batches may cost: (1 + e^epsilon) times their probability."""
-    kept = accounting.TRUNCATION_DELTA_SHARE * delta
-    for _ in range(50):
-        if kept > delta / 2:
-            return math.inf
+    """Epsilon at delta minus what cut batches may cost: (1 + e^epsilon) times their probability.
+
+    ``epsilon_at`` keeps back the usual share of its delta; more is kept where all releases together need more.
+    """
+    kept = 0.0
+    while kept < delta / 2:
         spent = epsilon_at(delta - kept)
         needed = (1.0 + math.exp(min(spent, 700.0))) * truncation
-        if needed <= kept:
+        if needed <= kept + accounting.TRUNCATION_DELTA_SHARE * (delta - kept):
             return spent
         kept = 2.0 * needed
     return math.inf

@@ -27,7 +27,6 @@ from dpldm_core.errors import LedgerError
 
 GENESIS = "0" * 64
 LOCK_TIMEOUT = 60  # seconds that a writer waits for others
-_SERIALIZATION_FAILURE = "40001"  # PostgreSQL's SQLSTATE
 _LOG = logging.getLogger("dpldm.ledger")
 _METADATA = sa.MetaData()
 _LINKS = sa.Table(
@@ -117,10 +116,7 @@ class Chain:
         with self._clear_errors():
             if self._sqlite:
                 _make_private_file(Path(str(parsed.database)))
-            isolation = "SERIALIZABLE" if self._sqlite else "REPEATABLE READ"
-            self._engine = sa.create_engine(
-                parsed, connect_args=options, poolclass=sa.NullPool, isolation_level=isolation
-            )
+            self._engine = sa.create_engine(parsed, connect_args=options, poolclass=sa.NullPool)
             if self._sqlite:
                 sa.event.listen(self._engine, "connect", _sqlite_pragmas)
                 sa.event.listen(self._engine, "begin", lambda c: c.exec_driver_sql("BEGIN IMMEDIATE"))
@@ -152,19 +148,15 @@ class Chain:
             with self._clear_errors():
                 try:
                     with self._engine.begin() as connection:
-                        links = self._read(connection)
+                        links = self._read(connection, writing=True)
                         change = decide(links)
                         if change is None:
                             return links
                         link = _next_link(links, change)
                         self._write(connection, link, change)
                     return [*links, link]
-                except (_HeadMovedError, exc.OperationalError) as error:
-                    if (
-                        not isinstance(error, _HeadMovedError)
-                        and getattr(error.orig, "sqlstate", "") != _SERIALIZATION_FAILURE
-                    ):
-                        raise
+                except _HeadMovedError:
+                    pass
             time.sleep(0.01)
         raise LedgerError(f"ledger {self._where} was busy for {LOCK_TIMEOUT} s; nothing was written, try again")
 
@@ -175,9 +167,10 @@ class Chain:
                 sa.select(_KEYS.c.secret).where(_KEYS.c.entry_id == entry_id)
             ).scalar_one_or_none()
 
-    def _read(self, connection: sa.Connection) -> list[Link]:
+    def _read(self, connection: sa.Connection, *, writing: bool = False) -> list[Link]:
+        # The lock on the head (PostgreSQL; SQLite locks the file) keeps writers away until this transaction ends.
+        head = connection.execute(sa.select(_HEAD.c.seq, _HEAD.c.hash).with_for_update(read=not writing)).one()
         rows = connection.execute(sa.select(_LINKS).order_by(_LINKS.c.seq)).all()
-        head = connection.execute(sa.select(_HEAD.c.seq, _HEAD.c.hash)).one()
         links, previous = [], GENESIS
         for expected, row in enumerate(rows, start=1):
             if row.seq != expected or row.hash != link_hash(previous, row.seq, row.time, row.kind, row.body):
