@@ -7,12 +7,15 @@ import os
 import secrets
 import tempfile
 from collections.abc import Callable
-from functools import cache
+from functools import cache, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flytekit import Cache, Resources, current_context
+import rich_click as click
+from flytekit import Cache, Resources, current_context, task
 from flytekit.extras.accelerators import A100
+
+from dpldm_core.errors import DpldmError
 
 if TYPE_CHECKING:
     from dpldm_core.privacy.ledger import Ledger
@@ -54,6 +57,25 @@ GPU_TASK: dict[str, Any] = {
     "retries": 2,
     **_CACHED,
 }
+
+
+def dpldm_task(**settings: Any) -> Callable[[Callable[..., Any]], Any]:
+    """Flyte's ``task`` whose refusals (DpldmError) pyflyte shows as one message instead of a traceback."""
+
+    def decorate(function: Callable[..., Any]) -> Any:
+        @wraps(function)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return function(*args, **kwargs)
+            except DpldmError as error:
+                if isinstance(error, click.ClickException):
+                    raise
+                shown = type(type(error).__name__, (type(error), click.ClickException), {})
+                raise shown(str(error)) from error
+
+        return task(**settings)(run)
+
+    return decorate
 
 
 def execution_id() -> str:

@@ -205,9 +205,9 @@ class ChildRun:
         self.public_output(done.bundle, done.release_id, done.digest)
         if done.model_folder is not None:
             params = {"release_id": done.release_id, "epsilon": f"{done.report.epsilon:.6g}"}
-            self.register_model(done.model_folder, name=f"dpldm-{done.dataset}", params=params)
+            self.register_model(done.model_folder, name=model_name(done.dataset), params=params)
 
-    def register_model(self, folder: Path, *, name: str, params: Mapping[str, str], alias: str = "latest") -> str:
+    def register_model(self, folder: Path, *, name: str, params: Mapping[str, str], alias: str = "current") -> str:
         """Register a folder of safetensors as a model with an alias. No pickle, no flavour.
 
         Returns:
@@ -222,6 +222,11 @@ class ChildRun:
         version = mlflow.register_model(f"models:/{model.model_id}", name)
         client.set_registered_model_alias(name, alias, version.version)
         return model.model_id
+
+
+def model_name(dataset: str) -> str:
+    """Name of a data set's registered model; MLflow allows no dots, slashes or quotes in it."""
+    return "dpldm-" + "".join(c if c.isalnum() or c in "-_" else "-" for c in dataset)
 
 
 @contextmanager

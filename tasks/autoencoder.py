@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from flytekit import task
 from flytekit.types.file import FlyteFile
 
-from tasks._resources import GPU_TASK, begin_stage, checkpoint, work_folder
+from tasks._resources import GPU_TASK, begin_stage, checkpoint, dpldm_task, work_folder
 from tasks.artifacts import Codec, PrivateData, Release
 
 
-@task(**GPU_TASK)
+@dpldm_task(**GPU_TASK)
 def train_autoencoder(release: Release, data: PrivateData) -> Codec:
     """Pretrain the autoencoder on procedural images, then train it on the private ones with DP-SGD."""
     from dpldm_core.privacy.calibration import AUTOENCODER

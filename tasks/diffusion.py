@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from flytekit import task
 from flytekit.types.file import FlyteFile
 
-from tasks._resources import GPU_TASK, begin_stage, checkpoint, work_folder
+from tasks._resources import GPU_TASK, begin_stage, checkpoint, dpldm_task, work_folder
 from tasks.artifacts import DiffusionModel, Latents, Release
 
 if TYPE_CHECKING:
     from dpldm_core.rng import SecretKey
 
 
-@task(**GPU_TASK)
+@dpldm_task(**GPU_TASK)
 def train_diffusion(release: Release, latents: Latents) -> DiffusionModel:
     """Release the Gaussian prior of the latents, then train the denoiser on top of it with DP-SGD."""
     from dpldm_core.data.schema import ImageSchema

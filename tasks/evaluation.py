@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from flytekit import task
 from flytekit.types.file import FlyteFile
 
-from tasks._resources import GPU_TASK, inception_weights, work_folder
+from tasks._resources import GPU_TASK, dpldm_task, inception_weights, work_folder
 from tasks.artifacts import Evaluation, PrivateData, Release, Shard
 
 
-@task(**GPU_TASK)
+@dpldm_task(**GPU_TASK)
 def evaluate(release: Release, data: PrivateData, shards: list[Shard]) -> Evaluation:
     """Measure utility, fidelity and memorisation. Nothing of it enters the bundle."""
     from dpldm_core.release.measuring import evaluate_files

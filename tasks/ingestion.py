@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from flytekit import task
 from flytekit.types.file import FlyteFile
 
-from tasks._resources import CPU_TASK, data_root, download_folder, work_folder
+from tasks._resources import CPU_TASK, data_root, download_folder, dpldm_task, work_folder
 from tasks.artifacts import PrivateData, Release
 
 
-@task(**CPU_TASK)
+@dpldm_task(**CPU_TASK)
 def ingest(release: Release) -> PrivateData:
     """Load and validate the private data and write it with the public schema; needs an open reservation."""
     from dpldm_core.data.ingest import ingest_dataset

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from flytekit import task
 from flytekit.types.file import FlyteFile
 
-from tasks._resources import CPU_TASK, begin_stage, work_folder
+from tasks._resources import CPU_TASK, begin_stage, dpldm_task, work_folder
 from tasks.artifacts import PRIVATE, PUBLIC, Codec, Latents, PrivateData, Release
 
 if TYPE_CHECKING:
     from dpldm_core.rng import SecretKey
 
 
-@task(**CPU_TASK)
+@dpldm_task(**CPU_TASK)
 def extract_latents(release: Release, data: PrivateData, codec: Codec) -> Latents:
     """Encode the private records with the trained encoder."""
     from dpldm_core.privacy.plan import ReleasePlan

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from flytekit import task
 from flytekit.types.error import FlyteError
 
-from tasks._resources import SMALL, data_root, download_folder, execution_id, open_ledger
+from tasks._resources import SMALL, data_root, download_folder, dpldm_task, execution_id, open_ledger
 from tasks.artifacts import Release
 
 
@@ -18,7 +17,7 @@ class Opened(NamedTuple):
     shards: list[int]
 
 
-@task(**SMALL)
+@dpldm_task(**SMALL)
 def open_release(
     dataset: str,
     epsilon: float,
@@ -84,7 +83,7 @@ def open_release(
     return Opened(release, list(range(request.config.sampling.num_shards)))
 
 
-@task(**SMALL)
+@dpldm_task(**SMALL)
 def close_failed_release(
     dataset: str,
     epsilon: float,

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from flytekit import task
-
-from tasks._resources import SMALL, execution_id, open_ledger, work_folder
+from tasks._resources import SMALL, dpldm_task, execution_id, open_ledger, work_folder
 from tasks.artifacts import Codec, DiffusionModel, Evaluation, Latents, Release, Shard
 
 
@@ -19,7 +17,7 @@ class Published(NamedTuple):
     delta: float
 
 
-@task(**SMALL)
+@dpldm_task(**SMALL)
 def publish(
     release: Release, codec: Codec, latents: Latents, model: DiffusionModel, shards: list[Shard], evaluation: Evaluation
 ) -> Published:
@@ -51,7 +49,7 @@ def publish(
     return Published(done.bundle, release.release_id, done.report.epsilon, done.report.delta)
 
 
-@task(**SMALL)
+@dpldm_task(**SMALL)
 def resample(bundle: str, num_samples: int, seed: int, out: str) -> Published:
     """Draw more images from a released model: post-processing, so neither epsilon nor the ledger changes."""
     from dpldm_core.release.publishing import resample_release

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from flytekit import task
 from flytekit.types.file import FlyteFile
 
-from tasks._resources import GPU_TASK, work_folder
+from tasks._resources import GPU_TASK, dpldm_task, work_folder
 from tasks.artifacts import Codec, DiffusionModel, Latents, Release, Shard
 
 
-@task(**GPU_TASK)
+@dpldm_task(**GPU_TASK)
 def sample_shard(shard: int, release: Release, codec: Codec, latents: Latents, model: DiffusionModel) -> Shard:
     """Draw one shard of the synthetic images."""
     from dpldm_core.release.sampling import write_shard

@@ -226,7 +226,7 @@ def read_records(path: Path) -> Records:
     try:
         table = pq.read_table(path)
         schema = ImageSchema.model_validate_json(table.schema.metadata[_METADATA])
-        pixels = np.frombuffer(b"".join(value.as_py() for value in table["image"]), dtype=np.uint8)
+        pixels = np.frombuffer(bytearray().join(value.as_py() for value in table["image"]), dtype=np.uint8)
         images = pixels.reshape(-1, schema.height, schema.width, schema.channels)
         groups = np.array(table["group"].to_pylist()) if schema.grouped else None
         return Records(images, table["label"].to_numpy().astype(np.int64), groups, schema)

@@ -1,0 +1,252 @@
+"""The whole release workflow in one process, on small data."""
+
+import json
+import os
+
+import mlflow
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from dpldm_core.errors import BudgetError, BundleError, ConfigError, DataError, LedgerError, TrackingError
+from dpldm_core.release.synthetic import read_synthetic
+from dpldm_core.release.verify import verify_bundle
+from tests.tasks.conftest import NUM_RECORDS, drawings
+from workflows.release import release_pipeline, resample_pipeline
+
+STAGES = ["train_autoencoder", "latent_prior", "train_diffusion"]
+
+
+def release(dataset, **inputs):
+    return release_pipeline(**{"dataset": dataset, "preset": "smoke", "num_samples": 40, "epsilon": 5.0} | inputs)
+
+
+def runs():
+    client = mlflow.MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
+    experiment = client.get_experiment_by_name("dpldm")
+    return [] if experiment is None else client.search_runs([experiment.experiment_id])
+
+
+def public_text(bundle):
+    return "\n".join((bundle / name).read_text() for name in ("config.json", "privacy_report.json", "README.md"))
+
+
+def test_own_data_from_files_to_a_verified_bundle(machine, own_data, ledger):
+    result = release(own_data)
+    bundle = machine / "releases" / result.release_id
+    found = verify_bundle(bundle, strict=True)
+    assert (found.num_samples, result.delta) == (40, 1e-5)
+    assert 4.95 <= result.epsilon == found.report.epsilon <= 5.0
+    assert found.report.neighboring_relation == "ADD_OR_REMOVE_ONE"
+    assert [e.stage for e in found.report.events] == STAGES
+    images, labels = read_synthetic(bundle)
+    assert images.shape == (40, 8, 8, 1) and np.bincount(labels).tolist() == [14, 13, 13]
+    assert [p.name for p in (machine / "releases").iterdir()] == [result.release_id]
+    assert {p.name for p in (bundle / "model").iterdir()} == {"decoder.safetensors", "denoiser.safetensors"}
+
+    books = ledger.books()
+    [entry] = books.entries.values()
+    assert entry.state == "published" and sorted(entry.stages) == sorted(STAGES)
+    assert books.spent(own_data) == pytest.approx(result.epsilon, abs=1e-9)
+    assert books.account(own_data).budget_epsilon == 5.0, "own data: one release, until its steward raises the cap"
+    assert found.report.ledger.entry == entry.entry_id
+
+    text = public_text(bundle)
+    assert str(NUM_RECORDS) not in text and str(machine) not in text, "no count and no path of the steward's"
+    _check_lineage(result, own_data)
+    _check_second_release_is_refused(machine, own_data, ledger)
+
+
+def _check_lineage(result, own_data):
+    """Parent, children, spend per stage, data and model lineage; private data as a URI alone."""
+    client = mlflow.MlflowClient()
+    [parent] = [r for r in runs() if r.data.tags.get("dpldm.kind") == "release"]
+    assert parent.info.status == "FINISHED" and parent.info.run_name == result.release_id
+    assert parent.data.metrics["epsilon"] == pytest.approx(result.epsilon)
+    children = {r.info.run_name: r for r in runs() if r.data.tags.get("mlflow.parentRunId") == parent.info.run_id}
+    expected = {"ingest", "train_autoencoder", "extract_latents", "train_diffusion", "sample-0", "sample-1"}
+    assert set(children) == expected | {"evaluate", "publish"}
+    spent = {k for c in children.values() for k in c.data.metrics if k.startswith("epsilon.")}
+    assert spent == {f"epsilon.{stage}" for stage in STAGES}
+    [private] = children["ingest"].inputs.dataset_inputs
+    assert json.loads(private.dataset.source)["url"] == own_data
+    assert private.dataset.digest == "private" and not json.loads(private.dataset.profile or "{}")
+    logged = json.dumps([r.to_dictionary() for r in runs() if r.info.run_name != "evaluate"])
+    assert str(NUM_RECORDS) not in logged, "no private count in any run but the internal evaluation"
+    version = client.get_model_version_by_alias("dpldm-scans-npz", "current")
+    files = mlflow.artifacts.download_artifacts("models:/dpldm-scans-npz@current")
+    assert str(version.version) == "1" and files
+
+
+def _check_second_release_is_refused(machine, own_data, ledger):
+    before = ledger.links()
+    with pytest.raises(BudgetError, match=r"about 0\.\d+ is left"):
+        release(own_data)
+    assert ledger.links() == before
+    assert len(list((machine / "releases").iterdir())) == 1
+    assert sorted(r.info.status for r in runs() if r.data.tags.get("dpldm.kind") == "release") == ["FAILED", "FINISHED"]
+
+
+def test_a_built_in_set_may_be_released_again_with_fresh_noise_and_sampled_again_for_free(machine, small_mnist, ledger):
+    first, second = release(small_mnist), release(small_mnist)
+    bundles = [machine / "releases" / r.release_id for r in (first, second)]
+    weights = [load_file(b / "model" / "denoiser.safetensors") for b in bundles]
+    name = max(weights[0], key=lambda k: weights[0][k].size)
+    assert not np.allclose(weights[0][name], weights[1][name]), "equal seeds, fresh noise"
+
+    before = ledger.links()
+    again = [resample_pipeline(bundle=str(bundles[0]), num_samples=20, seed=s) for s in (5, 5, 6)]
+    assert ledger.links() == before, "sampling is post-processing"
+    images = [read_synthetic(machine / "releases" / r.release_id)[0] for r in again]
+    assert np.array_equal(images[0], images[1]) and not np.array_equal(images[0], images[2])
+    found = verify_bundle(machine / "releases" / again[0].release_id)
+    assert found.report.parent_release_id == first.release_id
+    assert (again[0].epsilon, again[0].delta) == (first.epsilon, first.delta)
+
+
+def test_noised_latents(machine, small_mnist, ledger):
+    result = release(small_mnist, latent_mechanism="noised_latents")
+    report = verify_bundle(machine / "releases" / result.release_id).report
+    assert report.neighboring_relation == "REPLACE_ONE" and report.epsilon == report.epsilon_replace_one
+    assert [e.stage for e in report.events] == ["train_autoencoder", "extract_latents", "extract_labels"]
+    assert 4.95 <= result.epsilon <= 5.0
+    assert ledger.books().spent("mnist") == pytest.approx(result.epsilon, abs=1e-9)
+    resampled = resample_pipeline(bundle=result.bundle, num_samples=10)
+    assert verify_bundle(resampled.bundle).num_samples == 10
+
+
+@pytest.mark.parametrize("kind", ["rgb", "unlabelled", "persons"])
+def test_other_kinds_of_data(machine, kind):
+    arrays = dict(zip(("images", "labels"), drawings(400, (8, 12, 3) if kind == "rgb" else (9, 8, 1)), strict=True))
+    if kind == "unlabelled":
+        del arrays["labels"]
+    if kind == "persons":
+        arrays["group"] = np.arange(400) * 3 // 4
+    np.savez(machine / "x.npz", **arrays)
+    bundle = machine / "releases" / release(str(machine / "x.npz")).release_id
+    report = verify_bundle(bundle).report
+    images, labels = read_synthetic(bundle)
+    assert images.shape[1:] == arrays["images"].shape[1:]
+    assert (labels is None) == (kind == "unlabelled")
+    assert report.unit_of_privacy == ("one person (at most 4 records)" if kind == "persons" else "one record")
+
+
+def test_config_file_overrides_single_fields(machine, small_mnist):
+    (machine / "c.yaml").write_text("seed: 7\nrelease_id: named\nsampling: {num_shards: 3}\n")
+    result = release(small_mnist, config=str(machine / "c.yaml"))
+    assert result.release_id == "named"
+    config = json.loads((machine / "releases" / "named" / "config.json").read_text())
+    assert config["seed"] == 7 and config["sampling"]["num_shards"] == 3
+    with pytest.raises(BundleError, match="named already exists"):
+        release(small_mnist, config=str(machine / "c.yaml"))
+
+
+# What goes wrong
+
+
+BAD_INPUTS = {
+    "epsilon zero": ({"epsilon": 0.0}, ConfigError, r"epsilon=0\.0 must be a finite number above 0"),
+    "epsilon negative": ({"epsilon": -1.0}, ConfigError, "epsilon=-1"),
+    "epsilon nan": ({"epsilon": float("nan")}, ConfigError, "epsilon=nan"),
+    "delta zero": ({"delta": 0.0}, ConfigError, r"delta=0\.0 must lie in \(0, 1\)"),
+    "delta one": ({"delta": 1.0}, ConfigError, "delta=1"),
+    "delta above 1/N": ({"delta": 0.01}, ConfigError, r"delta=0\.01 must be below 1 / \(number of records\)"),
+    "dataset": ({"dataset": "mnits"}, ConfigError, "dataset='mnits' is unknown; did you mean 'mnist'"),
+    "preset": ({"preset": "quik"}, ConfigError, "preset='quik' is unknown; did you mean 'quick'"),
+    "mechanism": ({"latent_mechanism": "dpsgd"}, ConfigError, "did you mean 'dp_sgd'"),
+    "num_samples": ({"num_samples": -1}, ConfigError, "num_samples=-1"),
+    "budget": ({"budget_epsilon": -2.0}, ConfigError, r"budget_epsilon=-2\.0"),
+    "missing config": ({"config": "nowhere.yaml"}, ConfigError, r"config='nowhere\.yaml' cannot be read"),
+    "missing file": ({"dataset": "nowhere/scans.npz"}, DataError, r"nowhere/scans\.npz"),
+    "out is a file": ({"out": "a-file"}, BundleError, "a-file"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUTS)
+def test_bad_input_is_one_clear_error_before_anything_is_spent(machine, small_mnist, ledger, case):
+    inputs, error, message = BAD_INPUTS[case]
+    (machine / "a-file").write_text("")
+    with pytest.raises(error, match=message):
+        release(inputs.get("dataset", small_mnist), **{k: v for k, v in inputs.items() if k != "dataset"})
+    assert all(entry.state == "cancelled" for entry in ledger.books().entries.values())
+    assert not (machine / "releases").exists()
+    assert all(run.info.status == "FAILED" for run in runs())
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("diffusion: {widht: 3}", r"config key='diffusion\.widht' is unknown; did you mean 'diffusion\.width'"),
+        ("diffusion: {width: 1}", r"diffusion\.width=1: .*greater than or equal to 8"),
+        ("prior: {budget_share: 0.9}", "budget shares .* sum to 1.4, not 1"),
+        ("- 1", "must hold a mapping"),
+        ("autoencoder: {dp_sgd: {sample_rate: 0.0001}}", "too few records: .* expected batch of"),
+    ],
+)
+def test_bad_config_files(machine, small_mnist, ledger, text, message):
+    (machine / "c.yaml").write_text(text)
+    with pytest.raises((ConfigError, DataError), match=message):
+        release(small_mnist, config=str(machine / "c.yaml"))
+    assert all(entry.state == "cancelled" for entry in ledger.books().entries.values())
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ({"labels": np.arange(5)}, "one label per image"),
+        ({"labels": np.arange(347) % 3 * 2}, "no image of class"),
+        ({"images": np.full((347, 8, 8), np.nan)}, "pixels are NaN"),
+        ({"images": drawings(30)[0], "labels": drawings(30)[1]}, "too few records"),
+    ],
+)
+def test_bad_data_lifts_the_hold(machine, own_data, ledger, damage, message):
+    images, labels = drawings(NUM_RECORDS)
+    np.savez(own_data, **{"images": images, "labels": labels} | damage)
+    with pytest.raises(DataError, match=message):
+        release(own_data)
+    assert [entry.state for entry in ledger.books().entries.values()] == ["cancelled"]
+    assert ledger.books().left(own_data) > 4.9
+
+
+def test_the_budget_is_asked_before_the_data_is_opened(machine, own_data, ledger):
+    """Reserve comes before the first read: with nothing left, a damaged file is not even noticed."""
+    ledger.open_account(own_data, budget_epsilon=5.0, delta=1e-5, relation="ADD_OR_REMOVE_ONE")
+    ledger.reserve(own_data, release_id="r", execution_id="e", epsilon=4.9, delta=1e-5, relation="ADD_OR_REMOVE_ONE")
+    (machine / "scans.npz").write_bytes(b"damaged")
+    with pytest.raises(BudgetError, match="does not cover"):
+        release(own_data)
+
+
+def test_unreachable_stores_are_named(machine, small_mnist, ledger, monkeypatch):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    with pytest.raises(TrackingError, match=r"MLFLOW_TRACKING_URI='http://127\.0\.0\.1:9' does not answer"):
+        release(small_mnist)
+    assert ledger.links() == []
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{machine / 'mlflow.db'}")
+    monkeypatch.setenv("DPLDM_LEDGER_URL", "postgresql://127.0.0.1:9/x")
+    with pytest.raises(LedgerError, match=r"postgresql://127\.0\.0\.1:9/x"):
+        release(small_mnist)
+    assert runs() == []
+
+
+@pytest.mark.parametrize(
+    ("broken", "state"), [("train_codec", "failed"), ("sample_images", "failed"), ("ingest_dataset", "cancelled")]
+)
+def test_a_stage_that_fails_leaves_the_books_truthful(machine, small_mnist, ledger, monkeypatch, broken, state):
+    import dpldm_core.data.ingest
+    import dpldm_core.training.stages
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("the disk is on fire")
+
+    place = dpldm_core.data.ingest if broken == "ingest_dataset" else dpldm_core.training.stages
+    monkeypatch.setattr(place, broken, fail)
+    with pytest.raises(RuntimeError, match="the disk is on fire"):
+        release(small_mnist)
+    [entry] = ledger.books().entries.values()
+    assert entry.state == state
+    assert (ledger.books().spent("mnist") > 4.9) == (state == "failed"), "what a mechanism may have read stays booked"
+    assert not list((machine / "releases").glob("*")) if (machine / "releases").exists() else True
+    statuses = {r.info.run_name: r.info.status for r in runs()}
+    assert "RUNNING" not in statuses.values() and statuses[entry.release_id] == "FAILED"
