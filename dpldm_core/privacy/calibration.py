@@ -15,6 +15,7 @@ from dpldm_core.privacy.plan import (
     LabelPlan,
     MechanismPlan,
     ReleasePlan,
+    chernoff_cap,
 )
 
 AUTOENCODER, PRIOR, DIFFUSION = "train_autoencoder", "latent_prior", "train_diffusion"
@@ -71,6 +72,7 @@ def plan_release(config: ReleaseConfig, *, num_classes: int, latent_dim: int, gr
         delta=config.delta,
         relation=relation_of(config.latent_mechanism),
         unit_of_privacy=unit,
+        num_records=config.num_records,
     )
 
 
@@ -92,6 +94,7 @@ def calibrate(
     delta: float,
     relation: str,
     unit_of_privacy: str,
+    num_records: int | None = None,
 ) -> ReleasePlan:
     """Find the noise multipliers of all mechanisms together so that the release costs the target.
 
@@ -101,6 +104,7 @@ def calibrate(
         delta: Delta asked for.
         relation: dp-accounting's name of the neighbouring relation.
         unit_of_privacy: What one unit is.
+        num_records: Public number of records; the caps of batches are computed from it where it is known.
 
     Returns:
         The plan, with epsilon within 0.2 % below the target, cross-checked by a second accountant.
@@ -120,9 +124,17 @@ def calibrate(
 
     neighboring = accounting.relation_from_name(relation)
     mu = accounting.solve_scale(lambda x: [m.event() for m in scaled(x)], target_epsilon, delta, neighboring)
-    plan = ReleasePlan(mechanisms=tuple(scaled(mu)), delta=delta, relation=relation, unit_of_privacy=unit_of_privacy)
+    calibrated = tuple(_with_public_cap(m, num_records) for m in scaled(mu))
+    plan = ReleasePlan(mechanisms=calibrated, delta=delta, relation=relation, unit_of_privacy=unit_of_privacy)
     accounting.cross_check(plan.events(), delta, neighboring)
     return plan
+
+
+def _with_public_cap(plan: MechanismPlan, num_records: int | None) -> MechanismPlan:
+    if num_records is None or not isinstance(plan, DpSgdPlan):
+        return plan
+    cap = chernoff_cap(num_records, plan.sample_rate, plan.truncation_probability)
+    return plan.model_copy(update={"max_batch_size": min(cap, num_records)})
 
 
 def _with_mu(plan: MechanismPlan, mu: float, target_epsilon: float, delta: float) -> MechanismPlan:

@@ -62,7 +62,8 @@ class DpSgdPlan(_Frozen):
         if self.max_batch_size < min(needed, num_units):
             raise ConfigError(
                 f"max_batch_size={self.max_batch_size} of stage {self.stage!r} is too small for "
-                f"sample_rate={self.sample_rate}: Poisson batches would be cut too often. Raise it to {needed}"
+                f"sample_rate={self.sample_rate}: Poisson batches would be cut too often. Raise it to {needed}, or "
+                "declare the true num_records"
             )
         return self.max_batch_size
 

@@ -167,6 +167,7 @@ def decide(request: Request, *, data_root: str | None, cache_dir: str | None) ->
     for mechanism in plan.mechanisms:
         if isinstance(mechanism, DpSgdPlan):
             check_expected_batch(mechanism, loaded.train.num_units, MIN_EXPECTED_BATCH)
+            mechanism.batch_cap(loaded.train.num_units)  # refuses data larger than declared
     return Decision(request, schema, plan)
 
 
