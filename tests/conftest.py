@@ -1,4 +1,4 @@
-"""Before flytekit is imported: no cache of earlier runs, and every temporary file in the test's own folder."""
+"""Before flytekit is imported: no cache of earlier runs, and every temporary file in the tests' own folder."""
 
 import os
 import tempfile
@@ -7,3 +7,4 @@ os.environ["FLYTE_LOCAL_CACHE_ENABLED"] = "false"
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 os.environ["TMPDIR"] = tempfile.mkdtemp(prefix="dpldm-tests-")
 tempfile.tempdir = None
+os.environ["OMP_NUM_THREADS"] = "1"  # short operations on busy cores: a second thread makes them slower

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted(p for room in ("dpldm_core", "tasks", "workflows") for p in (ROOT / room).rglob("*.py"))
 SIBLINGS = ("data", "privacy", "models", "diffusion", "evaluation")
-GROUND = ("errors", "rng", "config", "presets", "storage")
+GROUND = ("errors", "rng", "config", "presets", "storage", "threads")
 # Inside core, low to high; what a room may import besides itself and the ground floor.
 ALLOWED = {
     "data": (),
@@ -113,9 +113,9 @@ def test_sizes(path):
 def test_no_global_seed_no_pickle_no_global_precision():
     for path in FILES:
         text = path.read_text()
-        assert not re.search(r"import pickle|torch\.load\((?!.*weights_only=True)|set_float32_matmul_precision", text), (
-            name(path)
-        )
+        assert not re.search(
+            r"import pickle|torch\.load\((?!.*weights_only=True)|set_float32_matmul_precision", text
+        ), name(path)
         if "torch.manual_seed(" in text:
             assert "fork_rng" in text, f"{name(path)} seeds the global generator"
 

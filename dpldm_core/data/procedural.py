@@ -6,10 +6,13 @@ sees, and a release says so on its card.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-_POINTS = 24  # points along a stroke
+Uniform = Callable[..., Tensor]
+_POINTS = 40  # dots along a stroke
 _STROKES = 3
 _CHUNK = 256
 
@@ -38,9 +41,9 @@ def _draw(n: int, channels: int, height: int, width: int, generator: torch.Gener
     def uniform(*shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
         return low + (high - low) * torch.rand(*shape, generator=generator)
 
-    y, x = torch.meshgrid(torch.linspace(0, 1, height), torch.linspace(0, 1, width), indexing="ij")
-    pixels = torch.stack([x.flatten(), y.flatten()], dim=1)  # [p, 2]
-    ink = torch.maximum(_strokes(pixels, n, uniform), _blobs(pixels, n, uniform))
+    x, y = torch.linspace(0, 1, width), torch.linspace(0, 1, height)
+    pixels = torch.stack([x.repeat(height), y.repeat_interleave(width)], dim=1)  # [h w, 2]
+    ink = torch.maximum(_strokes(x, y, n, uniform), _blobs(pixels, n, uniform))
     shading = 1 - uniform(n, 1, high=0.6) * _waves(pixels, n, uniform)
     foreground, background = uniform(n, channels, 1, low=0.4), uniform(n, channels, 1, high=0.3)
     plain = (uniform(n, 1, 1) < 0.5).float()  # half of the images lie on plain black, as scans and products often do
@@ -50,20 +53,23 @@ def _draw(n: int, channels: int, height: int, width: int, generator: torch.Gener
     return (2 * inverted - 1).reshape(n, channels, height, width).clamp(-1, 1)
 
 
-def _strokes(pixels: Tensor, n: int, uniform) -> Tensor:
-    """Soft ink around cubic Bezier curves, [n, p]."""
+def _strokes(x: Tensor, y: Tensor, n: int, uniform: Uniform) -> Tensor:
+    """Soft ink along cubic Bezier curves, [n, h w]. Dots are Gaussians, so an image is a product of two matrices."""
     control = uniform(n, _STROKES, 4, 2, low=0.12, high=0.88)
     control[:, 1:, 0] = torch.where(uniform(n, _STROKES - 1, 1) < 0.6, control[:, :-1, 3], control[:, 1:, 0])
     t = torch.linspace(0, 1, _POINTS)
     basis = torch.stack([(1 - t) ** 3, 3 * t * (1 - t) ** 2, 3 * t**2 * (1 - t), t**3])  # [4, points]
-    points = torch.einsum("nsqd,qt->nstd", control, basis).flatten(1, 2)  # [n, strokes * points, 2]
+    dots = torch.einsum("nsqd,qt->nstd", control, basis).flatten(1, 2)  # [n, strokes * points, 2]
     present = (uniform(n, _STROKES) < torch.tensor([0.9, 0.6, 0.4])).repeat_interleave(_POINTS, dim=1)
-    distance = torch.cdist(pixels.expand(n, -1, -1), points).masked_fill(~present[:, None], 9.0).amin(2)
-    thickness, softness = uniform(n, 1, low=0.02, high=0.08), uniform(n, 1, low=0.01, high=0.04)
-    return torch.sigmoid((thickness - distance) / softness * 2)
+    thickness = uniform(n, 1, 1, low=0.018, high=0.06)
+    columns = torch.exp(-((x - dots[..., 0:1]) / thickness).square())  # [n, dots, w]
+    rows = torch.exp(-((y - dots[..., 1:2]) / thickness).square()) * present[..., None]
+    density = (rows.transpose(1, 2) @ columns).flatten(1)
+    hardness = uniform(n, 1, low=1.0, high=6.0)
+    return 1 - torch.exp(-((1.5 * density) ** hardness.clamp(max=3.0)))
 
 
-def _blobs(pixels: Tensor, n: int, uniform) -> Tensor:
+def _blobs(pixels: Tensor, n: int, uniform: Uniform) -> Tensor:
     """Soft boxes and ellipses (superellipses), turned at random, [n, p]; absent in half of the images."""
     total = torch.zeros(n, len(pixels))
     for probability in (0.4, 0.25, 0.2):
@@ -84,7 +90,7 @@ def _blobs(pixels: Tensor, n: int, uniform) -> Tensor:
     return total
 
 
-def _waves(pixels: Tensor, n: int, uniform) -> Tensor:
+def _waves(pixels: Tensor, n: int, uniform: Uniform) -> Tensor:
     """A plane wave or a slow gradient in [0, 1], [n, p]."""
     frequency = 25.0 * uniform(n, 2, low=-1.0) * uniform(n, 1)
     return 0.5 + 0.5 * torch.sin(frequency @ pixels.T + uniform(n, 1, high=6.3))

@@ -12,23 +12,25 @@ import math
 import torch
 from torch import Tensor, nn
 
+PATCH = 4  # pixels per side
 LATENT_BOUND = 4.0  # every latent coordinate lies in (-4, 4), whatever the data
 
 
 class Refiner(nn.Module):
-    """Images plus a small convolutional correction at half resolution, zero at the start. Any height and width.
+    """Images plus a small convolutional correction on patches, zero at the start. Any height and width.
 
-    Few, shared weights: the noise that DP-SGD adds to them is small next to what a batch teaches.
+    Few, shared weights: the noise that DP-SGD adds to them is small next to what a batch teaches. Patches of 4x4 pixels
+    become channels, so a step costs a few products of small matrices.
     """
 
     def __init__(self, channels: int, width: int) -> None:
         super().__init__()
         self.layers = nn.Sequential(
-            nn.Conv2d(4 * channels, width, 3, padding=1),
+            nn.Conv2d(PATCH**2 * channels, width, 3, padding=1),
             nn.GELU(),
             nn.Conv2d(width, width, 3, padding=1),
             nn.GELU(),
-            nn.Conv2d(width, 4 * channels, 3, padding=1),
+            nn.Conv2d(width, PATCH**2 * channels, 3, padding=1),
         )
         nn.init.zeros_(self.layers[-1].weight)  # type: ignore[arg-type]
         nn.init.zeros_(self.layers[-1].bias)  # type: ignore[arg-type]
@@ -36,8 +38,9 @@ class Refiner(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Images [n, c, h, w] to images of the same shape."""
         height, width = images.shape[2:]
-        even = nn.functional.pad(images, (0, width % 2, 0, height % 2), mode="replicate")
-        correction = nn.functional.pixel_shuffle(self.layers(nn.functional.pixel_unshuffle(even, 2)), 2)
+        padded = nn.functional.pad(images, (0, -width % PATCH, 0, -height % PATCH), mode="replicate")
+        patches = nn.functional.pixel_unshuffle(padded, PATCH)
+        correction = nn.functional.pixel_shuffle(self.layers(patches), PATCH)
         return images + correction[:, :, :height, :width]
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from dpldm_core.config import EvaluationConfig
 from dpldm_core.data.schema import read_records
 from dpldm_core.release.synthetic import read_synthetic
+from dpldm_core.threads import choose_threads
 
 
 def evaluate_files(
@@ -38,6 +39,7 @@ def evaluate_files(
     """
     from dpldm_core.evaluation.internal import evaluate_release
 
+    choose_threads()
     images, labels = read_synthetic([Path(part) for part in synthetic])
     labels = np.zeros(len(images), np.int64) if labels is None else labels
     real, test = read_records(Path(train)), read_records(Path(heldout))

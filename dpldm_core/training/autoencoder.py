@@ -16,6 +16,8 @@ from dpldm_core.rng import SecretKey
 from dpldm_core.training.private import train_private
 from dpldm_core.training.units import Units
 
+_POOL = 4096  # procedural images that pretraining draws its batches from
+
 
 def build_autoencoder(
     config: AutoencoderConfig, *, channels: int, height: int, width: int, seed: int = 0
@@ -56,9 +58,11 @@ def pretrain_on_procedural(model: Autoencoder, config: AutoencoderConfig, *, see
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / 20, 1.0) * (1 - 0.95 * step / max(1, config.procedural_steps))
     )
+    pool = procedural_images(_POOL, channels, height, width, generator=generator) if config.procedural_steps else None
     losses = []
     for _ in range(config.procedural_steps):
-        images = procedural_images(config.procedural_batch_size, channels, height, width, generator=generator)
+        assert pool is not None
+        images = pool[torch.randint(_POOL, (config.procedural_batch_size,), generator=generator)]
         loss = (model(images) - images).square().mean()
         optimizer.zero_grad()
         loss.backward()

@@ -22,6 +22,7 @@ from dpldm_core.privacy.calibration import AUTOENCODER, DIFFUSION, LABELS, LATEN
 from dpldm_core.privacy.one_shot import noisy_records
 from dpldm_core.privacy.plan import GaussianRecordPlan, GaussianSumPlan, ReleasePlan
 from dpldm_core.rng import SecretKey
+from dpldm_core.threads import choose_threads
 from dpldm_core.training.autoencoder import build_autoencoder, encode, pretrain_on_procedural, train_autoencoder
 from dpldm_core.training.diffusion import (
     build_denoiser,
@@ -120,6 +121,7 @@ def train_codec(
         (autoencoder, decoder, curve): the whole model for inside use, the public decoder, and the public loss curve on
         procedural images.
     """
+    choose_threads()
     records = read_records(train)
     model = new_autoencoder(config, records.schema)
     curve = pretrain_on_procedural(model, config.autoencoder, seed=config.seed)
@@ -195,6 +197,7 @@ def train_diffusion(
     Returns:
         (denoiser, curve): the public model, and its loss curve where that is public (else empty).
     """
+    choose_threads()
     model = new_denoiser(config, schema, noise_std)
     tensors = load_file(latents)
     path = run.folder / "denoiser.safetensors"
@@ -251,6 +254,7 @@ def sample_images(
     Returns:
         Images uint8 [n, h, w, c] and labels int64 [n].
     """
+    choose_threads()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     autoencoder, model = new_autoencoder(config, schema), new_denoiser(config, schema, noise_std)
     load_model(autoencoder.decoder, decoder)
