@@ -1,7 +1,7 @@
 """How many threads torch should use. Cannot change the guarantee.
 
-On a core that another process keeps busy, every short parallel region waits for the scheduler: two threads were then ten
-times slower than one (measured). So the number is chosen by trying.
+On a core that another process keeps busy, every short parallel region waits for the scheduler: two threads were then
+ten times slower than one (measured). So the number is chosen by trying.
 """
 
 from __future__ import annotations

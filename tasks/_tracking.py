@@ -52,7 +52,7 @@ def _client() -> MlflowClient:
     client = mlflow.MlflowClient()
     try:
         if uri.startswith("sqlite"):  # two processes creating the same file at once wreck it for good
-            with FileLock(str(Path.cwd() / ".mlflow.lock")):
+            with FileLock(f"{uri.removeprefix('sqlite:///')}.lock"):
                 client.search_experiments(max_results=1)
         else:
             client.search_experiments(max_results=1)

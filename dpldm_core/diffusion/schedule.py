@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
 
-def training_sigmas(shape: tuple[int, ...], *, P_mean: float, P_std: float, generator: torch.Generator) -> Tensor:
+def training_sigmas(shape: tuple[int, ...], *, P_mean: float, P_std: float, generator: np.random.Generator) -> Tensor:
     """Log-normal noise levels, Table 1: ln sigma ~ N(P_mean, P_std^2)."""
-    return (P_mean + P_std * torch.randn(shape, generator=generator)).exp()
+    return torch.from_numpy(np.exp(P_mean + P_std * generator.standard_normal(shape, dtype=np.float32)))
 
 
 def sampling_sigmas(num_steps: int, *, sigma_min: float, sigma_max: float, rho: float = 7.0) -> Tensor:

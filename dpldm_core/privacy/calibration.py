@@ -6,8 +6,9 @@ import math
 from collections.abc import Sequence
 
 from dpldm_core.config import DpSgdConfig, ReleaseConfig
-from dpldm_core.errors import ConfigError
+from dpldm_core.errors import AccountingError, ConfigError
 from dpldm_core.privacy import accounting
+from dpldm_core.privacy.accounting import NeighboringRelation
 from dpldm_core.privacy.plan import (
     DpSgdPlan,
     GaussianRecordPlan,
@@ -127,7 +128,16 @@ def calibrate(
     calibrated = tuple(_with_public_cap(m, num_records) for m in scaled(mu))
     plan = ReleasePlan(mechanisms=calibrated, delta=delta, relation=relation, unit_of_privacy=unit_of_privacy)
     accounting.cross_check(plan.events(), delta, neighboring)
+    _check_truncation(plan)
     return plan
+
+
+def _check_truncation(plan: ReleasePlan) -> None:
+    """Refuse a plan whose cut batches could cost more than the share of delta that is kept for them."""
+    mass = sum(m.num_steps * m.truncation_probability for m in plan.mechanisms if isinstance(m, DpSgdPlan))
+    worst = (1.0 + math.exp(min(plan.epsilon(NeighboringRelation.REPLACE_ONE), 600.0))) * mass
+    if worst > accounting.TRUNCATION_DELTA_SHARE * plan.delta:
+        raise AccountingError(f"cut batches may cost {worst:.3g} of delta, more than is kept for them")
 
 
 def _with_public_cap(plan: MechanismPlan, num_records: int | None) -> MechanismPlan:
@@ -140,7 +150,8 @@ def _with_public_cap(plan: MechanismPlan, num_records: int | None) -> MechanismP
 def _with_mu(plan: MechanismPlan, mu: float, target_epsilon: float, delta: float) -> MechanismPlan:
     if isinstance(plan, DpSgdPlan):
         multiplier = dp_sgd_multiplier(mu, sample_rate=plan.sample_rate, num_steps=plan.num_steps)
-        tail = truncation_probability(delta=delta, epsilon=target_epsilon, num_steps=plan.num_steps)
+        # four times the target: room for the same release under REPLACE_ONE, whose epsilon is printed beside it
+        tail = truncation_probability(delta=delta, epsilon=4 * target_epsilon, num_steps=plan.num_steps)
         return plan.model_copy(update={"noise_multiplier": multiplier, "truncation_probability": tail})
     if isinstance(plan, LabelPlan):  # epsilon 4 mu per unit: any growing map splits a budget
         keep = math.expm1(4 * mu / plan.labels_per_unit) / plan.num_classes

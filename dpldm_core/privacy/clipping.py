@@ -171,12 +171,17 @@ class BookKeeping:
         Raises:
             UnsupportedLayerError: The forward pass does something that cannot be bounded.
         """
+        if torch.get_float32_matmul_precision() != "highest":
+            raise UnsupportedLayerError(
+                "float32 products of low precision move the sensitivity further than is charged; call "
+                "torch.set_float32_matmul_precision('highest')"
+            )
         units = mask.shape[0]
         rows = self._rows(loss_fn, units)
         norms = torch.stack([_squared_norms(r) for r in rows]).sum(0).sqrt()
         usable = mask & torch.isfinite(norms)
         factors = torch.where(usable, (self.max_norm / norms).clamp(max=1.0), torch.zeros_like(norms))
-        if not bool((usable | ~mask).all()):  # 0 * NaN is NaN: remove the rows themselves
+        if not bool(torch.isfinite(norms).all()):  # 0 * NaN is NaN: remove the rows themselves
             for r in rows:
                 r.a = torch.where(usable[:, None, None], r.a, torch.zeros_like(r.a))
                 r.b = torch.where(usable[:, None, None], r.b, torch.zeros_like(r.b))

@@ -57,6 +57,7 @@ class DpSgdEngine:
         check_bounded(model, loss, probe)
         self._book = BookKeeping(model, max_norm=plan.max_grad_norm)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="dp-noise")
+        self._last_step = -1
         self._ahead: tuple[int, Future[np.ndarray]] | None = None
 
     def batch_indices(self, step: int, num_units: int) -> np.ndarray:
@@ -72,10 +73,12 @@ class DpSgdEngine:
             fetch: Batch of the units with the given indices; padded rows are masked here and may hold anything.
 
         Raises:
-            ValueError: A step beyond the plan.
+            ValueError: A step beyond the plan, or not after the last one.
         """
         if not 0 <= step < self.plan.num_steps:
             raise ValueError(f"step={step} is outside the plan's {self.plan.num_steps} steps: it would not be charged")
+        if step <= self._last_step:
+            raise ValueError(f"step={step} was taken before: equal noise on two gradients would cancel")
         noise = self._take_noise(step)
         indices = self.batch_indices(step, num_units)
         total = np.zeros(self._book.num_parameters)
@@ -86,6 +89,7 @@ class DpSgdEngine:
             sums = self._book.clipped_sum(lambda batch=batch: self._loss(self._model, batch), mask)  # type: ignore[misc]
             total += torch.cat([s.flatten() for s in sums]).cpu().numpy()
         self._set_gradients(self._noise.add(total, noise.result()))
+        self._last_step = step
 
     def _take_noise(self, step: int) -> Future[np.ndarray]:
         """The noise of this step; that of the next is drawn meanwhile on an idle thread."""

@@ -16,7 +16,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 from scipy.special import rel_entr
 
-from dpldm_core.errors import ConfigError, DataError
+from dpldm_core.errors import AccountingError, ConfigError, DataError
 from dpldm_core.privacy import accounting
 from dpldm_core.privacy.accounting import DpEvent, NeighboringRelation
 from dpldm_core.privacy.noise import GaussianNoise
@@ -143,7 +143,7 @@ class LabelPlan(_Frozen):
         """
         replace = key.uint64(0, len(labels)) < np.uint64(min(math.ceil(self.noise_parameter * 2.0**64), 2**64 - 1))
         uniform = (key.uint64(1, len(labels)) % np.uint64(self.num_classes)).astype(np.int64)
-        return np.where(replace, uniform, labels)
+        return np.where(replace, uniform, np.clip(labels, 0, self.num_classes - 1))
 
 
 MechanismPlan = Annotated[DpSgdPlan | GaussianSumPlan | GaussianRecordPlan | LabelPlan, Field(discriminator="kind")]
@@ -172,6 +172,10 @@ class ReleasePlan(_Frozen):
             relation: Another relation than the statement's.
         """
         relation = relation or accounting.relation_from_name(self.relation)
+        if relation is not NeighboringRelation.REPLACE_ONE:
+            for m in self.mechanisms:
+                if isinstance(m, GaussianRecordPlan | LabelPlan):
+                    raise AccountingError(f"{m.stage} shows how many records there are: state it under REPLACE_ONE")
         return accounting.epsilon(self.events(), self.delta, relation)
 
     def mechanism(self, stage: str) -> MechanismPlan:

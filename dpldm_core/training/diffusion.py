@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -130,13 +131,13 @@ def fit_released_prior(
     prior.set_moments(means, pooled.expand(num_classes, -1, -1), variance_floor=config.variance_floor)
 
 
-def draw_diffusion(batch: Batch, generator: torch.Generator, config: DiffusionConfig, sigma_data: float) -> Batch:
+def draw_diffusion(batch: Batch, generator: np.random.Generator, config: DiffusionConfig, sigma_data: float) -> Batch:
     """Adds K noise levels and noises per record to a batch; scaled with sigma_data."""
     latents = batch["values"]
     units, records, dim = latents.shape
     shape = (units, records, config.noise_multiplicity)
     sigma = sigma_data * training_sigmas(shape, P_mean=config.P_mean, P_std=config.P_std, generator=generator)
-    noise = torch.randn(*shape, dim, generator=generator)
+    noise = torch.from_numpy(generator.standard_normal((*shape, dim), dtype=np.float32))
     return batch | {"sigma": sigma.to(latents.device), "noise": noise.to(latents.device)}
 
 
@@ -208,12 +209,12 @@ def train_denoiser_on_released(
     Returns:
         The averaged denoiser and its loss curve (public).
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = np.random.default_rng(seed)
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(trainable, lr=1e-3)
     ema, losses = Ema(model, config.dp_sgd.ema_decay), []
     for step in range(num_steps):
-        rows = torch.randint(len(latents), (min(batch_size, len(latents)),), generator=generator)
+        rows = torch.from_numpy(generator.integers(len(latents), size=min(batch_size, len(latents))))
         batch = {
             "values": latents[rows][:, None],
             "class_labels": class_labels[rows][:, None],

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -15,7 +16,7 @@ from dpldm_core.rng import SecretKey
 from dpldm_core.training.state import TrainState
 from dpldm_core.training.units import Units
 
-Draw = Callable[[Batch, torch.Generator], Batch]
+Draw = Callable[[Batch, np.random.Generator], Batch]
 OnStep = Callable[[int, int], None]
 
 
@@ -47,7 +48,7 @@ def train_private(
         plan: q, sigma, T and C; also what is charged.
         key: Secret key of this stage, from the ledger.
         loss: One loss per unit.
-        draw: Adds a step's public random draws (diffusion times and noise) to a batch.
+        draw: Adds a step's random draws (diffusion times and noise) to a batch. They are secret, see rng.py.
         num_classes: Public number of classes.
         learning_rate: Of Adam; gradients arrive with noise of unit variance.
         ema_decay: Of the average over steps.
@@ -67,12 +68,12 @@ def train_private(
     if checkpoint is not None:
         state.restore(checkpoint)
     draws_key = key.derive("draws")
-    probe_generator = torch.Generator().manual_seed(0)  # made-up units: nothing private
-    probe = draw(units.probe(num_classes, generator=probe_generator), probe_generator)
+    made_up = units.probe(num_classes, generator=torch.Generator().manual_seed(0))  # nothing private
+    probe = draw(made_up, np.random.default_rng(0))
     engine = DpSgdEngine(model, plan, key, loss=loss, probe=probe, physical_batch_size=physical_batch_size)
     model.train()
     while state.step < plan.num_steps:
-        generator = torch.Generator().manual_seed(draws_key.public_seed(state.step))
+        generator = draws_key.generator(state.step)
         engine.noisy_step(state.step, units.num_units, lambda indices, g=generator: draw(units.fetch(indices), g))  # type: ignore[misc]
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * _warmup_and_decay(state.step, plan.num_steps)

@@ -74,7 +74,7 @@ class Run:
 
 
 def binding_of(data: str | Path, plan_json: str) -> str:
-    """Digest of a private file and a plan: a checkpoint of another pair is refused."""
+    """Digest of a private file and a plan: a checkpoint of another pair is refused (the ledger refuses other code)."""
     digest = hashlib.sha256(plan_json.encode())
     digest.update(Path(data).read_bytes())
     return digest.hexdigest()

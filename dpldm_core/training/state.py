@@ -60,10 +60,11 @@ class TrainState:
         try:
             with safe_open(path, framework="pt") as file:
                 header = json.loads(file.metadata()["dpldm"])
+                step, binding = int(header["step"]), str(header["binding"])
                 tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 - not a mapping
         except Exception as error:
             raise CheckpointError(f"checkpoint {path} cannot be read: {error}") from error
-        if header["binding"] != self.binding:
+        if binding != self.binding:
             raise CheckpointError(
                 f"checkpoint {path} belongs to another plan, data set or code version; resuming it here would charge "
                 "the wrong events. Remove it to start this stage anew"
@@ -79,7 +80,7 @@ class TrainState:
             index, field = name.split(".", 1)
             state.setdefault(int(index), {})[field] = value
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
-        self.step = int(header["step"])
+        self.step = step
         return True
 
 

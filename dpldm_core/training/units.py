@@ -38,8 +38,10 @@ class Units:
         records = self.table[indices.to(self.table.device)]
         present = (records >= 0).float()
         safe = records.clamp(min=0)
+        values = self.values[safe]
+        values[records < 0] = 0.0  # else record 0, not finite, would take every unit with padding down with it
         return {
-            "values": self.values[safe],
+            "values": values,
             "class_labels": self.class_labels[safe],
             "weights": present / present.sum(1, keepdim=True).clamp(min=1.0),
         }

@@ -101,7 +101,7 @@ def test_replace_one_statement_has_one_epsilon():
 
 def test_noised_latents_cannot_be_stated_under_add_or_remove():
     plan = release(GaussianRecordPlan(stage="latents", max_norm=1.0, noise_multiplier=5.0))
-    with pytest.raises(ValidationError, match="REPLACE_ONE"):
+    with pytest.raises(AccountingError, match="REPLACE_ONE"):
         report_of(plan, latent_mechanism="noised_latents")
 
 

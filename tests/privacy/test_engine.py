@@ -1,0 +1,326 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from torch import nn
+
+from dpldm_core.errors import UnsupportedLayerError
+from dpldm_core.privacy.engine import DpSgdEngine, check_bounded
+from dpldm_core.privacy.noise import GRID, SENSITIVITY_SLACK
+from dpldm_core.privacy.plan import DpSgdPlan
+from dpldm_core.rng import SecretKey
+
+KEY = SecretKey(bytes(range(32)))
+SIGMA, C, DIM = 1.5, 0.25, 5
+
+
+def make_plan(**changes):
+    fields = {
+        "stage": "s",
+        "sample_rate": 0.3,
+        "num_steps": 40,
+        "max_grad_norm": C,
+        "noise_multiplier": SIGMA,
+        "truncation_probability": 1e-12,
+        "max_batch_size": 30,
+    }
+    return DpSgdPlan(**fields | changes)
+
+
+def make_model(seed=1):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(DIM, 6), nn.Tanh(), nn.Linear(6, 3))
+
+
+def loss(model, batch):
+    return 50 * (model(batch["x"]) - batch["x"].sum(1, keepdim=True)).square().mean(1)
+
+
+def no_gradient(model, batch):
+    return 0.0 * model(batch["x"]).sum(1)
+
+
+def make_engine(model=None, plan=None, key=KEY, *, loss=loss, physical_batch_size=7):
+    return DpSgdEngine(
+        model or make_model(),
+        plan or make_plan(),
+        key,
+        loss=loss,
+        probe={"x": torch.randn(4, DIM)},
+        physical_batch_size=physical_batch_size,
+    )
+
+
+def private_data(n=30):
+    return torch.randn(n, DIM, generator=torch.Generator().manual_seed(5))
+
+
+def noisy_sum(model):
+    """What was released: the gradient, scaled back to the clipped sum with its noise, float64."""
+    return SIGMA * C * torch.cat([p.grad.flatten() for p in model.parameters()]).double()
+
+
+def step(x, t=0, *, seen=None, **engine):
+    model = engine.pop("model", None) or make_model()
+
+    def fetch(indices):
+        if seen is not None:
+            seen.append(tuple(indices.shape))
+        return {"x": x[indices]}
+
+    make_engine(model, **engine).noisy_step(t, len(x), fetch)
+    return noisy_sum(model)
+
+
+def clipped_sum(x, indices, max_norm=C):
+    """Slow reference: plain autograd, one record at a time."""
+    model, total = make_model(), 0.0
+    for i in indices:
+        g = torch.autograd.grad(loss(model, {"x": x[i : i + 1]}).sum(), list(model.parameters()))
+        g = torch.cat([p.flatten() for p in g]).double()
+        total = total + g * min(1.0, max_norm / float(g.norm()))
+    return total
+
+
+@pytest.mark.parametrize("t", [0, 1, 39])
+@pytest.mark.parametrize("max_grad_norm", [C, 1e4])
+def test_a_step_is_sampling_then_clipping_then_noise(t, max_grad_norm):
+    """Clip after sum, clip by batch mean, division by the real batch size: all would miss the slow reference."""
+    plan, x, model = make_plan(max_grad_norm=max_grad_norm), private_data(), make_model()
+    engine = make_engine(model, plan)
+    engine.noisy_step(t, 30, lambda i: {"x": x[i]})
+    chosen = engine.batch_indices(t, 30)
+    noise = plan.noise(KEY.derive("noise")).draw(t, 57) * max_grad_norm * GRID
+    got = SIGMA * max_grad_norm * torch.cat([p.grad.flatten() for p in model.parameters()]).double()
+    expected = clipped_sum(x, chosen[chosen >= 0], max_grad_norm) + torch.from_numpy(noise)
+    assert 0 < (chosen >= 0).sum() < 30
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5 * max_grad_norm)
+
+
+def test_record_and_replay_on_neighbours():
+    """Key replayed: the same calls with the same shapes, and sums that differ by at most C, and by C when clipped."""
+    x, moved = private_data(), []
+    for t in range(12):
+        calls = [], []
+        a, b = (step(data, t, seen=seen) for data, seen in zip((x, x[:29]), calls, strict=True))
+        assert calls[0] == calls[1] == [(6,)] * 5
+        moved.append(float((a - b).norm()) / C)
+    sampled = [29 in make_engine().batch_indices(t, 30) for t in range(12)]
+    assert 0 < sum(sampled) < 12
+    assert all(m == 0.0 if not s else 0.999 < m <= SENSITIVITY_SLACK for m, s in zip(moved, sampled, strict=True))
+
+
+@pytest.mark.parametrize("value", [0.0, 1e4, -1e15, 3e38, math.inf, math.nan])
+def test_whatever_a_unit_holds_it_moves_the_sum_by_at_most_c(value):
+    x = private_data(6)
+    x[5] = value
+    a, b = (step(x[:n], plan=make_plan(sample_rate=1.0)) for n in (6, 5))
+    assert float((a - b).norm()) <= C * SENSITIVITY_SLACK
+
+
+def test_padding_may_hold_anything():
+    """Padding rows are copies of unit 0: a unit 0 that is not finite must be dropped there as well."""
+    x = private_data(10)
+    x[0] = math.nan
+    plan = make_plan(sample_rate=0.5)
+    chosen = make_engine(plan=plan).batch_indices(0, 10)
+    expected = step(x.nan_to_num(), plan=plan) - (clipped_sum(x.nan_to_num(), [0]) if 0 in chosen else 0)
+    torch.testing.assert_close(step(x, plan=plan), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_an_empty_batch_is_a_step_like_any_other():
+    """Skipping empty batches, or filling one with a random record, breaks the sensitivity: this one is noise alone."""
+    seen, plan = [], make_plan(sample_rate=1e-12)
+    got = step(private_data(), seen=seen, plan=plan)
+    noise = plan.noise(KEY.derive("noise")).draw(0, 57) * C * GRID
+    torch.testing.assert_close(got, torch.from_numpy(noise), rtol=1e-6, atol=0)
+    assert len(seen) == 5
+
+
+@pytest.mark.parametrize("physical", [1, 4, 30, 1000])
+def test_the_physical_batch_size_changes_nothing(physical):
+    """Noise reused across, or added once per, micro-batch would show: one draw a step, whatever the pieces."""
+    x = private_data()
+    torch.testing.assert_close(step(x, physical_batch_size=physical), step(x), rtol=1e-5, atol=1e-6)
+    alone = [step(x, loss=no_gradient, physical_batch_size=p) for p in (physical, 7)]
+    assert torch.equal(*alone)
+
+
+@pytest.fixture(scope="module")
+def noise_alone():
+    """100 steps of a model with every kind of layer, the data's gradients being zero; [steps, coordinates] each."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.conv = nn.Embedding(20, 8), nn.Conv2d(1, 120, (2, 1))
+            self.wide, self.out = nn.Linear(120, 120), nn.Linear(120, 8, bias=False)
+
+        def forward(self, x):
+            h = self.wide(self.conv(x[:, None, :, None]).mean((2, 3)))
+            return (self.out(torch.tanh(h)) * self.embed((x[:, 0] > 0).long())).sum(1)
+
+    model, plan = Net(), make_plan(num_steps=100, max_batch_size=2)
+    engine = make_engine(model, plan, loss=lambda m, b: 0.0 * m(b["x"]))
+    draws = {name: [] for name, _ in model.named_parameters()}
+    for t in range(100):
+        engine.noisy_step(t, 2, lambda i: {"x": torch.ones(len(i), DIM)})
+        for name, p in model.named_parameters():
+            draws[name].append(p.grad.flatten().double().numpy())
+    return {name: np.stack(d) for name, d in draws.items()}
+
+
+@pytest.mark.parametrize(("factor", "accept"), [(1.0, True), (0.95, False), (1.05, False)])
+@pytest.mark.parametrize("name", ["embed.weight", "conv.weight", "conv.bias", "wide.weight", "wide.bias", "out.weight"])
+def test_every_parameter_gets_its_own_noise_of_unit_variance(noise_alone, name, factor, accept):
+    """sigma C, never sigma: the gradient is (sum + noise) / (sigma C), so its noise has variance 1 (and the slack).
+
+    Chi-square at 1e-4 with 12,000 draws or more: standard deviations are known to 0.7 %. False alarm 6e-4, seeded.
+    """
+    x = noise_alone[name] / SENSITIVITY_SLACK
+    cdf = stats.chi2.cdf(np.square(x / factor).sum(), x.size)
+    assert (2 * min(cdf, 1 - cdf) > 1e-4) == accept
+
+
+def test_no_two_coordinates_or_steps_share_noise(noise_alone):
+    """Equal draws but for chance (float32), up to the sign, and correlations of all pairs of steps."""
+    x = np.concatenate(list(noise_alone.values()), axis=1)
+    assert all(len(np.unique(np.abs(row))) > 0.99 * row.size for row in x)
+    assert np.abs(np.corrcoef(x) - np.eye(len(x))).max() < 6 / math.sqrt(x.shape[1])
+
+
+def test_noise_and_batches_depend_on_the_key_alone():
+    """Constant seed on the noise: global seeds decide nothing, and are not touched."""
+    x = private_data()
+    torch.manual_seed(0)
+    np.random.seed(0)
+    first = step(x)
+    torch.manual_seed(123)
+    assert torch.equal(first, step(x))
+    other = SecretKey(bytes(32))
+    assert not np.array_equal(make_engine().batch_indices(0, 30), make_engine(key=other).batch_indices(0, 30))
+    a, b = step(x, loss=no_gradient), step(x, loss=no_gradient, key=other)
+    assert abs(np.corrcoef(a, b)[0, 1]) < 0.6 and not torch.isclose(a, b).any()
+    engine, state = make_engine(), torch.get_rng_state()
+    engine.noisy_step(0, 30, lambda i: {"x": x[i]})
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_a_step_is_a_function_of_key_and_step():
+    """Noise drawn one step ahead is the noise of that step: in order, after a gap, or alone."""
+    x = private_data()
+    alone = [step(x, t) for t in range(6)]
+    model = make_model()
+    engine = make_engine(model)
+    for t in (0, 1, 2, 4, 5):
+        engine.noisy_step(t, 30, lambda i: {"x": x[i]})
+        assert torch.equal(noisy_sum(model), alone[t])
+    assert len({tuple(s.tolist()) for s in alone}) == 6
+
+
+def test_a_step_taken_before_is_refused():
+    """Equal noise on the gradients of two models would cancel in their difference."""
+    x, engine = private_data(), make_engine()
+    engine.noisy_step(3, 30, lambda i: {"x": x[i]})
+    for t in (3, 2):
+        with pytest.raises(ValueError, match="was taken before"):
+            engine.noisy_step(t, 30, lambda i: {"x": x[i]})
+
+
+@pytest.mark.parametrize("t", [-1, 40])
+def test_a_step_that_is_not_charged_is_refused(t):
+    def never(indices):
+        raise AssertionError("private data was read")
+
+    with pytest.raises(ValueError, match="would not be charged"):
+        make_engine().noisy_step(t, 30, never)
+
+
+@pytest.mark.parametrize("where", ["fetch", "loss"])
+def test_an_interrupted_step_leaves_nothing_stale(where):
+    """Leaving a memory manager early leaves stale skip flags: here a step that failed half way is simply repeated."""
+    x, model, calls = private_data(), make_model(), []
+
+    def fails_once(place):
+        calls.append(place)
+        if calls.count(place) == 3 and place == where:
+            raise OSError("disk")
+
+    def fetch(indices):
+        fails_once("fetch")
+        return {"x": x[indices]}
+
+    def fragile(model, batch):
+        out = loss(model, batch)
+        if "fetch" in calls:  # the check before training is over
+            fails_once("loss")
+        return out
+
+    engine = make_engine(model, loss=fragile)
+    with pytest.raises(OSError, match="disk"):
+        engine.noisy_step(0, 30, fetch)
+    assert all(p.grad is None for p in model.parameters())
+    engine.noisy_step(0, 30, fetch)
+    assert torch.equal(noisy_sum(model), step(x))
+
+
+def repeated(model, batch):
+    """Four noise draws per record by x.repeat(K): a unit's rows are not consecutive, though the loss has shape [B]."""
+    x = batch["x"]
+    return (
+        model(x.repeat(4, 1) * torch.arange(1.0, 5).repeat_interleave(len(x))[:, None])
+        .square()
+        .mean(1)
+        .reshape(4, len(x))
+        .mean(0)
+    )
+
+
+def interleaved(model, batch):
+    """The same by shape [B, K, d]."""
+    return model(batch["x"][:, None] * torch.arange(1.0, 5)[:, None]).square().mean((1, 2))
+
+
+def test_noise_multiplicity_by_repeat_is_refused():
+    with pytest.raises(UnsupportedLayerError, match="mixes units"):
+        make_engine(loss=repeated)
+    x = private_data(8)
+    plan = make_plan(sample_rate=1.0)
+    a, b = (step(x[:n], plan=plan, loss=interleaved) for n in (8, 7))
+    assert float((a - b).norm()) <= C * SENSITIVITY_SLACK
+
+
+@pytest.mark.parametrize(
+    "mixing",
+    [
+        lambda m, b: (h := m(b["x"])).square().mean(1) - h.mean(0).square().sum(),
+        lambda m, b: (m(b["x"]) - m(b["x"]).mean(0)).square().mean(1),
+        lambda m, b: m(b["x"]).square().mean(1, keepdim=True),
+        lambda m, b: m(b["x"] - b["x"].mean(0)).square().mean(1),
+        lambda m, b: torch.nn.functional.linear(m(b["x"]), m[2].weight.T).square().mean(1),
+    ],
+    ids=["batch_mean_in_loss", "two_forward_passes", "shape_b_1", "batch_mean_of_input", "functional_weight"],
+)
+def test_what_is_not_bounded_is_refused_before_private_data_is_read(mixing):
+    with pytest.raises(UnsupportedLayerError):
+        make_engine(loss=mixing)
+
+
+def test_the_check_leaves_the_model_alone():
+    model = make_model()
+    before = [p.detach().clone() for p in model.parameters()]
+    check_bounded(model, loss, {"x": torch.randn(4, DIM)})
+    assert all(torch.equal(a, b) and b.grad is None for a, b in zip(before, model.parameters(), strict=True))
+    assert not model[0]._forward_hooks
+
+
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_products_of_low_precision_are_refused(precision):
+    torch.set_float32_matmul_precision(precision)
+    try:
+        with pytest.raises(UnsupportedLayerError):
+            make_engine()
+    finally:
+        torch.set_float32_matmul_precision("highest")
