@@ -91,6 +91,7 @@ class PerformanceConfig(_Frozen):
     """Knobs that cannot change the guarantee."""
 
     physical_batch_size: int = Field(ge=1, description="units per forward pass")
+    checkpoint_every: int = Field(ge=1, description="steps of private training between two checkpoints")
 
 
 class ReleaseConfig(_Frozen):

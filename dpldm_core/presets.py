@@ -68,7 +68,7 @@ def _quick(num_records: int) -> dict[str, Any]:
             "num_shards": 2,
         },
         "evaluation": {"num_epochs": 4, "num_seeds": 1, "max_frechet_images": 5_000},
-        "performance": {"physical_batch_size": 512},
+        "performance": {"physical_batch_size": 512, "checkpoint_every": 50},
     }
 
 
@@ -103,7 +103,7 @@ def _gpu(num_records: int) -> dict[str, Any]:
             4096, num_records, num_steps=1_500, max_grad_norm=0.5, learning_rate=1e-3, ema_decay=0.99, budget_share=0.5
         ),
     }
-    values["performance"] = {"physical_batch_size": 4096}
+    values["performance"] |= {"physical_batch_size": 4096}
     return values
 
 

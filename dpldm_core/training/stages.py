@@ -66,6 +66,7 @@ class Run:
         return {
             "num_classes": num_classes,
             "physical_batch_size": config.performance.physical_batch_size,
+            "checkpoint_every": config.performance.checkpoint_every,
             "binding": self.binding,
             "checkpoint": self.checkpoint,
             "on_checkpoint": self.on_checkpoint,

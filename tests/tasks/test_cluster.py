@@ -1,6 +1,7 @@
 """Packaging, registration, and the packaged workflow run task by task, each in its own process."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -37,7 +38,7 @@ def test_every_task_names_its_image_and_the_heavy_ones_a_gpu(package):
         gpu = name in GPU_TASKS or "sample_shard" in name
         assert task.container.image == ("dpldm/gpu:t" if gpu else "dpldm/cpu:t"), name
         requested = {r.name: r.value for r in task.container.resources.requests}
-        assert (requested.get(3) == "1") == gpu, f"{name}: {requested}"  # 3 = GPU in flyteidl
+        assert (requested.get(2) == "1") == gpu, f"{name}: {requested}"  # 2 = GPU in flyteidl
         assert task.extended_resources.gpu_accelerator.device == ("nvidia-tesla-a100" if gpu else ""), name
 
 
@@ -65,6 +66,7 @@ def cluster(package, machine, **more):
         "DPLDM_LEDGER_URL": f"sqlite:///{machine / 'ledger.db'}",
         "MLFLOW_TRACKING_URI": f"sqlite:///{machine / 'mlflow.db'}",
         "HOME": str(machine / "home"),
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     }
     return Cluster(package, machine / "store", more.pop("execution_id", "e1"), ROOT, env, **more)
 
@@ -72,7 +74,7 @@ def cluster(package, machine, **more):
 def test_a_release_by_processes_of_their_own_survives_a_killed_stage(package, machine, own_data):
     """Every task is one process. Stage 2 is killed at its first checkpoint and goes on from there: one mechanism."""
     config = machine / "c.json"
-    config.write_text(json.dumps({"checkpoint_every": 1, "diffusion": {"dp_sgd": {"num_steps": 6}}}))
+    config.write_text(json.dumps({"performance": {"checkpoint_every": 1}, "diffusion": {"dp_sgd": {"num_steps": 6}}}))
     inputs = {"dataset": own_data, "preset": "smoke", "num_samples": 20, "epsilon": 5.0, "delta": 1e-5}
     inputs |= {"latent_mechanism": "dp_sgd", "budget_epsilon": 0.0, "out": str(machine / "out"), "config": str(config)}
     run = cluster(package, machine, kill_first_attempt_of="tasks.diffusion.train_diffusion")
