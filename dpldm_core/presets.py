@@ -33,8 +33,8 @@ def _quick(num_records: int) -> dict[str, Any]:
         "max_records_per_group": 4,
         "autoencoder": {
             "frequencies": 14,
-            "refiner_channels": 16,
-            "procedural_steps": 200,
+            "refiner_channels": 32,
+            "procedural_steps": 300,
             "procedural_batch_size": 128,
             "dp_sgd": _dp_sgd(
                 256, num_records, num_steps=40, max_grad_norm=0.1, learning_rate=2e-3, ema_decay=0.9, budget_share=0.1
@@ -76,7 +76,7 @@ def _cpu(num_records: int) -> dict[str, Any]:
     """60,000 images in half an hour on two cores."""
     values = _quick(num_records)
     values["autoencoder"] |= {
-        "procedural_steps": 400,
+        "procedural_steps": 800,
         "dp_sgd": _dp_sgd(
             512, num_records, num_steps=80, max_grad_norm=0.1, learning_rate=2e-3, ema_decay=0.9, budget_share=0.05
         ),

@@ -1,8 +1,9 @@
 """The autoencoder of stage 1: a bounded, fixed-scale latent around a discrete cosine transform.
 
 An untrained codec is already sensible: the encoder keeps the k x k lowest frequencies of every channel, scaled by the
-1/f amplitude law of images (Field 1987), and the decoder inverts that. Training moves a small convolutional network on
-either side, whose last layers start at zero. So the private data pays only for what a transform cannot know.
+1/f amplitude law of images (Field 1987), and the decoder inverts that. The encoder has no weights. Training moves a
+small convolutional network behind the inverse transform, whose last layer starts at zero: it takes off the ringing of
+the cut and sharpens. So the private data pays only for what a transform cannot know.
 """
 
 from __future__ import annotations
@@ -12,15 +13,15 @@ import math
 import torch
 from torch import Tensor, nn
 
-PATCH = 4  # pixels per side
+PATCH = 2  # pixels per side
 LATENT_BOUND = 4.0  # every latent coordinate lies in (-4, 4), whatever the data
 
 
 class Refiner(nn.Module):
     """Images plus a small convolutional correction on patches, zero at the start. Any height and width.
 
-    Few, shared weights: the noise that DP-SGD adds to them is small next to what a batch teaches. Patches of 4x4 pixels
-    become channels, so a step costs a few products of small matrices.
+    Few, shared weights: the noise that DP-SGD adds to them is small next to what a batch teaches. Patches of 2x2 pixels
+    become channels: a quarter of the positions.
     """
 
     def __init__(self, channels: int, width: int) -> None:
@@ -45,16 +46,15 @@ class Refiner(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Images [n, c, h, w] in [-1, 1] to latents [n, latent_dim], each coordinate in (-4, 4)."""
+    """Images [n, c, h, w] in [-1, 1] to latents [n, latent_dim], each coordinate in (-4, 4). No weights."""
 
-    def __init__(self, transform: FrequencyTransform, refiner_channels: int) -> None:
+    def __init__(self, transform: FrequencyTransform) -> None:
         super().__init__()
         self.transform = transform
-        self.refiner = Refiner(transform.shape[0], refiner_channels)
 
     def forward(self, images: Tensor) -> Tensor:
         """Images [n, c, h, w] to latents [n, latent_dim]."""
-        return LATENT_BOUND * torch.tanh(self.transform.analyse(self.refiner(images)) / LATENT_BOUND)
+        return LATENT_BOUND * torch.tanh(self.transform.analyse(images) / LATENT_BOUND)
 
 
 class Decoder(nn.Module):
@@ -79,13 +79,13 @@ class Autoencoder(nn.Module):
         height: Pixels.
         width: Pixels.
         frequencies: Cosine frequencies kept per axis; latent_dim = channels * frequencies^2 (at most the pixels).
-        refiner_channels: Width of the convolutions on both sides.
+        refiner_channels: Width of the convolutions in the decoder.
     """
 
     def __init__(self, *, channels: int, height: int, width: int, frequencies: int, refiner_channels: int) -> None:
         super().__init__()
         transform = FrequencyTransform(channels, height, width, frequencies)
-        self.encoder = Encoder(transform, refiner_channels)
+        self.encoder = Encoder(transform)
         self.decoder = Decoder(transform, refiner_channels)
 
     @property

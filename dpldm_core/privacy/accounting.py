@@ -299,33 +299,33 @@ def solve_scale(
         rel_tol: The epsilon found lies in [(1 - rel_tol) target, target].
 
     Returns:
-        The scale, by bracketing and bisection in log space.
+        The scale: bracketed around that of one Gaussian release, then found by Brent's method in log space.
 
     Raises:
-        AccountingError: No scale in [1e-4, 1e3] meets the target.
+        AccountingError: No scale meets the target.
     """
+    aim = math.log(target_epsilon * (1 - rel_tol / 2))
+    tried: dict[float, float] = {}
 
-    def cost(scale: float) -> float:
-        return epsilon(events_of(scale), delta, relation)
+    def excess(log_scale: float) -> float:
+        if log_scale not in tried:
+            tried[log_scale] = epsilon(events_of(math.exp(log_scale)), delta, relation)
+        return math.log(max(tried[log_scale], 1e-12)) - aim
 
-    low, high = 1e-4, max(1e-3, target_epsilon / 2)
-    while cost(high) < target_epsilon:
-        low, high = high, high * 2
-        if high > 1e3:
+    low = high = math.log(
+        gaussian_mu(target_epsilon, delta) / (2.0 if relation is NeighboringRelation.REPLACE_ONE else 1.0)
+    )
+    while excess(low) > 0:
+        low -= 0.3
+        if low < math.log(1e-6):
+            raise AccountingError(f"epsilon={target_epsilon} is too small for this plan at delta={delta}")
+    while excess(high) < 0:
+        high += 0.3
+        if high > math.log(1e3):
             raise AccountingError(f"epsilon={target_epsilon} cannot be spent by this plan at delta={delta}")
-    best = 0.0
-    for _ in range(60):
-        middle = math.sqrt(low * high)
-        spent = cost(middle)
-        if spent <= target_epsilon:
-            best, low = middle, middle
-            if spent >= (1 - rel_tol) * target_epsilon:
-                return middle
-        else:
-            high = middle
-    if best == 0.0:
-        raise AccountingError(f"epsilon={target_epsilon} is too small for this plan at delta={delta}")
-    return best
+    if low < high:
+        brentq(excess, low, high, xtol=rel_tol / 10)
+    return math.exp(max(x for x, spent in tried.items() if spent <= target_epsilon))
 
 
 def accountant_versions() -> dict[str, str]:

@@ -16,6 +16,7 @@ from dpldm_core.rng import SecretKey
 from dpldm_core.training.private import train_private
 from dpldm_core.training.units import Units
 
+_LEARNING_RATE = 6e-3
 _POOL = 4096  # procedural images that pretraining draws its batches from
 
 
@@ -54,14 +55,15 @@ def pretrain_on_procedural(model: Autoencoder, config: AutoencoderConfig, *, see
     """
     generator = torch.Generator().manual_seed(seed)
     channels, height, width = model.encoder.transform.shape
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=1e-3)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / 20, 1.0) * (1 - 0.95 * step / max(1, config.procedural_steps))
+    if config.procedural_steps == 0:
+        return []
+    optimizer = torch.optim.AdamW(model.parameters(), lr=_LEARNING_RATE, betas=(0.9, 0.95), weight_decay=1e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, _LEARNING_RATE, total_steps=config.procedural_steps, pct_start=0.1, cycle_momentum=False
     )
-    pool = procedural_images(_POOL, channels, height, width, generator=generator) if config.procedural_steps else None
+    pool = procedural_images(_POOL, channels, height, width, generator=generator)
     losses = []
     for _ in range(config.procedural_steps):
-        assert pool is not None
         images = pool[torch.randint(_POOL, (config.procedural_batch_size,), generator=generator)]
         loss = (model(images) - images).square().mean()
         optimizer.zero_grad()

@@ -1,0 +1,65 @@
+import pytest
+import torch
+
+from dpldm_core.models.autoencoder import LATENT_BOUND, Autoencoder, FrequencyTransform
+from dpldm_core.privacy.clipping import BookKeeping
+
+FORMATS = [(1, 28, 28), (3, 32, 32), (1, 9, 14), (3, 64, 48)]
+
+
+def make(channels=1, height=28, width=28, frequencies=64):
+    return Autoencoder(channels=channels, height=height, width=width, frequencies=frequencies, refiner_channels=4)
+
+
+@pytest.mark.parametrize("shape", FORMATS)
+def test_the_transform_is_orthonormal_but_for_its_fixed_scale(shape):
+    """All frequencies kept: analysis then synthesis is the identity, and energy is that of the pixels."""
+    transform = FrequencyTransform(*shape, 64)
+    images = torch.rand(5, *shape) * 2 - 1
+    coefficients = transform.analyse(images)
+    assert coefficients.shape == (5, transform.dim)
+    torch.testing.assert_close(transform.synthesise(coefficients), images, atol=1e-5, rtol=0)
+    unscaled = coefficients.unflatten(1, (shape[0], *transform.grid)) * transform.amplitude
+    torch.testing.assert_close(unscaled.square().sum((1, 2, 3)), images.square().sum((1, 2, 3)), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("shape", FORMATS)
+def test_cut_frequencies_give_the_closest_image_of_that_dimension(shape):
+    """Projection: encoding what was decoded changes nothing."""
+    transform = FrequencyTransform(*shape, 6)
+    once = transform.synthesise(transform.analyse(torch.rand(4, *shape)))
+    torch.testing.assert_close(transform.synthesise(transform.analyse(once)), once, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("shape", FORMATS)
+def test_untrained_codec_restores_images_of_low_frequencies(shape):
+    model = make(*shape, frequencies=5)
+    y, x = torch.meshgrid(torch.linspace(0, 3, shape[1]), torch.linspace(0, 3, shape[2]), indexing="ij")
+    images = (0.5 * torch.sin(x + y)).expand(2, *shape)
+    restored = model(images).detach()
+    assert restored.shape == images.shape and float((restored - images).abs().mean()) < 0.05
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, -1.0, 1e6, float("inf")])
+def test_latents_are_bounded_whatever_the_data(value):
+    """The scale is a constant, never read from the data; only a record that is not finite can leave the bound."""
+    latents = make().encoder(torch.full((1, 1, 28, 28), value))
+    assert bool(latents.isnan().any()) or float(latents.abs().max()) <= LATENT_BOUND
+
+
+def test_a_latent_depends_on_its_own_image_alone():
+    model, images = make(), torch.rand(6, 1, 28, 28)
+    together = model.encoder(images)
+    for i in range(6):
+        torch.testing.assert_close(model.encoder(images[i : i + 1])[0], together[i], atol=1e-6, rtol=0)
+
+
+def test_the_encoder_has_no_weights_and_the_decoder_can_be_bounded():
+    model = make()
+    assert not list(model.encoder.parameters())
+    assert BookKeeping(model, max_norm=1.0).num_parameters == sum(p.numel() for p in model.decoder.parameters())
+
+
+def test_tensors_of_the_transform_are_not_saved():
+    """They follow from public sizes; the decoder's file holds weights alone."""
+    assert all(name.startswith("refiner.") for name in make().decoder.state_dict())
