@@ -1,32 +1,35 @@
-"""Typed artifacts between tasks: files, the run that made them, and whether they are private or public.
+"""Typed artifacts between tasks: files, the run that made them, their privacy events, and whether they are private.
 
-What a private mechanism spent is in the release's plan, which the ledger reserved; each artifact names the stages whose
-events paid for it, so a cache hit or a reload keeps its cost.
+``events`` is JSON, a list of {stage, event} with dp-accounting's own field names: what the mechanisms that made the
+artifact released. A cache hit or a reload keeps its cost. Tasks return artifacts as ``Hashed...``: Flyte's cache then
+knows them by the content of their files, not by where those lie.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Annotated
+import hashlib
+import json
+from typing import TYPE_CHECKING, Annotated
 
 from flytekit import HashMethod
 from flytekit.types.file import FlyteFile
+from pydantic import BaseModel, ConfigDict
 
-from dpldm_core.config import ReleaseConfig
 from tasks._resources import sha256_of
+
+if TYPE_CHECKING:
+    from dpldm_core.config import ReleaseConfig
 
 PRIVATE, PUBLIC = "private", "public"
 
 
-def _content(file: FlyteFile) -> str:
-    return sha256_of(file)
+class _Artifact(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    visibility: str
 
 
-HashedFile = Annotated[FlyteFile, HashMethod(_content)]
-
-
-@dataclass
-class Release:
+class Release(_Artifact):
     """An opened release: its reservation in the ledger and everything public that was decided."""
 
     release_id: str
@@ -35,70 +38,83 @@ class Release:
     entry_id: str
     config: str
     plan: str
-    schema: str
+    image_schema: str
     out: str
-    visibility: str = PUBLIC
+
+    def events_of(self, stages: list[str]) -> str:
+        """The events of stages of the plan, as artifacts carry them."""
+        from dpldm_core.privacy.accounting import event_to_json
+        from dpldm_core.privacy.plan import ReleasePlan
+
+        plan = ReleasePlan.model_validate_json(self.plan)
+        return json.dumps([{"stage": s, "event": event_to_json(plan.mechanism(s).event())} for s in stages])
 
     def release_config(self) -> ReleaseConfig:
         """The resolved configuration."""
+        from dpldm_core.config import ReleaseConfig
+
         return ReleaseConfig.model_validate_json(self.config)
 
 
-@dataclass
-class PrivateData:
+class PrivateData(_Artifact):
     """Ingested records. Private: never leaves the steward's store."""
 
-    train: HashedFile
-    heldout: HashedFile
+    train: FlyteFile
+    heldout: FlyteFile
     run_id: str
-    visibility: str = PRIVATE
 
 
-@dataclass
-class Codec:
-    """The trained autoencoder: the encoder stays inside, the decoder is public."""
+class Codec(_Artifact):
+    """The trained autoencoder: the whole of it for inside use, and the public decoder."""
 
-    autoencoder: HashedFile
-    decoder: HashedFile
+    autoencoder: FlyteFile
+    decoder: FlyteFile
     run_id: str
-    paid_by: list[str] = field(default_factory=list)
-    visibility: str = PUBLIC
+    events: str
 
 
-@dataclass
-class Latents:
+class Latents(_Artifact):
     """Latents of the training records: private (dp_sgd), or released and public (noised_latents)."""
 
-    latents: HashedFile
+    latents: FlyteFile
     noise_std: float
     run_id: str
-    paid_by: list[str] = field(default_factory=list)
-    visibility: str = PRIVATE
+    events: str
 
 
-@dataclass
-class DiffusionModel:
-    """The trained latent denoiser with its prior: public."""
+class DiffusionModel(_Artifact):
+    """The trained latent denoiser with its prior, and the noise of the latents that it was trained on: public."""
 
-    denoiser: HashedFile
+    denoiser: FlyteFile
+    noise_std: float
     run_id: str
-    paid_by: list[str] = field(default_factory=list)
-    visibility: str = PUBLIC
+    events: str
 
 
-@dataclass
-class Shard:
+class Shard(_Artifact):
     """A part of the synthetic images: public."""
 
-    images: HashedFile
+    images: FlyteFile
     run_id: str
-    visibility: str = PUBLIC
 
 
-@dataclass
-class Evaluation:
+class Evaluation(_Artifact):
     """Internal measurements: they read private data and stay inside."""
 
-    metrics: HashedFile
+    metrics: FlyteFile
     run_id: str
-    visibility: str = PRIVATE
+
+
+def content_of(artifact: _Artifact) -> str:
+    """SHA-256 over an artifact's fields, its files by their content and without the run that made it."""
+    parts = {name: value for name, value in artifact if name != "run_id"}
+    plain = {name: sha256_of(value) if isinstance(value, FlyteFile) else value for name, value in parts.items()}
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+
+
+HashedPrivateData = Annotated[PrivateData, HashMethod(content_of)]
+HashedCodec = Annotated[Codec, HashMethod(content_of)]
+HashedLatents = Annotated[Latents, HashMethod(content_of)]
+HashedDiffusionModel = Annotated[DiffusionModel, HashMethod(content_of)]
+HashedShard = Annotated[Shard, HashMethod(content_of)]
+HashedEvaluation = Annotated[Evaluation, HashMethod(content_of)]

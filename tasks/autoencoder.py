@@ -5,11 +5,11 @@ from __future__ import annotations
 from flytekit.types.file import FlyteFile
 
 from tasks._resources import GPU_TASK, begin_stage, checkpoint, dpldm_task, work_folder
-from tasks.artifacts import Codec, PrivateData, Release
+from tasks.artifacts import PUBLIC, Codec, HashedCodec, PrivateData, Release
 
 
 @dpldm_task(**GPU_TASK)
-def train_autoencoder(release: Release, data: PrivateData) -> Codec:
+def train_autoencoder(release: Release, data: PrivateData) -> HashedCodec:
     """Pretrain the autoencoder on procedural images, then train it on the private ones with DP-SGD."""
     from dpldm_core.privacy.calibration import AUTOENCODER
     from dpldm_core.privacy.plan import ReleasePlan
@@ -26,4 +26,5 @@ def train_autoencoder(release: Release, data: PrivateData) -> Codec:
         run.log_stage(plan, [AUTOENCODER], private_uri=release.account)
         run.curve("procedural_loss", curve)
         files = FlyteFile(str(autoencoder)), FlyteFile(str(decoder))
-        return Codec(autoencoder=files[0], decoder=files[1], run_id=run.run_id, paid_by=[AUTOENCODER])
+        events = release.events_of([AUTOENCODER])
+        return Codec(autoencoder=files[0], decoder=files[1], run_id=run.run_id, events=events, visibility=PUBLIC)

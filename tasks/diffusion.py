@@ -7,21 +7,21 @@ from typing import TYPE_CHECKING
 from flytekit.types.file import FlyteFile
 
 from tasks._resources import GPU_TASK, begin_stage, checkpoint, dpldm_task, work_folder
-from tasks.artifacts import DiffusionModel, Latents, Release
+from tasks.artifacts import PUBLIC, DiffusionModel, HashedDiffusionModel, Latents, Release
 
 if TYPE_CHECKING:
     from dpldm_core.rng import SecretKey
 
 
 @dpldm_task(**GPU_TASK)
-def train_diffusion(release: Release, latents: Latents) -> DiffusionModel:
+def train_diffusion(release: Release, latents: Latents) -> HashedDiffusionModel:
     """Release the Gaussian prior of the latents, then train the denoiser on top of it with DP-SGD."""
     from dpldm_core.data.schema import ImageSchema
     from dpldm_core.privacy.plan import ReleasePlan
     from dpldm_core.training import stages
     from tasks import _tracking
 
-    plan, schema = ReleasePlan.model_validate_json(release.plan), ImageSchema.model_validate_json(release.schema)
+    plan, schema = ReleasePlan.model_validate_json(release.plan), ImageSchema.model_validate_json(release.image_schema)
     with _tracking.child_run(release.run_id, "train_diffusion") as run:
         private = latents.latents.download()
         resume, save = checkpoint("train_diffusion")
@@ -38,4 +38,11 @@ def train_diffusion(release: Release, latents: Latents) -> DiffusionModel:
         )
         run.log_stage(plan, paid)
         run.curve("released_latents_loss", curve)
-        return DiffusionModel(denoiser=FlyteFile(str(path)), run_id=run.run_id, paid_by=paid)
+        events = release.events_of(paid)
+        return DiffusionModel(
+            denoiser=FlyteFile(str(path)),
+            noise_std=latents.noise_std,
+            run_id=run.run_id,
+            events=events,
+            visibility=PUBLIC,
+        )

@@ -5,11 +5,11 @@ from __future__ import annotations
 from flytekit.types.file import FlyteFile
 
 from tasks._resources import GPU_TASK, dpldm_task, inception_weights, work_folder
-from tasks.artifacts import Evaluation, PrivateData, Release, Shard
+from tasks.artifacts import PRIVATE, Evaluation, HashedEvaluation, PrivateData, Release, Shard
 
 
 @dpldm_task(**GPU_TASK)
-def evaluate(release: Release, data: PrivateData, shards: list[Shard]) -> Evaluation:
+def evaluate(release: Release, data: PrivateData, shards: list[Shard]) -> HashedEvaluation:
     """Measure utility, fidelity and memorisation. Nothing of it enters the bundle."""
     from dpldm_core.release.measuring import evaluate_files
     from tasks import _tracking
@@ -28,4 +28,4 @@ def evaluate(release: Release, data: PrivateData, shards: list[Shard]) -> Evalua
         run.metrics(**{f"internal.{name}": value for name, value in numbers.items()})
         print("internal evaluation (stays in your store, not in the bundle):")
         print("\n".join(f"  {name:32s} {value:.4f}" for name, value in numbers.items()))
-        return Evaluation(metrics=FlyteFile(str(path)), run_id=run.run_id)
+        return Evaluation(metrics=FlyteFile(str(path)), run_id=run.run_id, visibility=PRIVATE)

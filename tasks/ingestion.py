@@ -5,11 +5,11 @@ from __future__ import annotations
 from flytekit.types.file import FlyteFile
 
 from tasks._resources import CPU_TASK, data_root, download_folder, dpldm_task, work_folder
-from tasks.artifacts import PrivateData, Release
+from tasks.artifacts import PRIVATE, HashedPrivateData, PrivateData, Release
 
 
 @dpldm_task(**CPU_TASK)
-def ingest(release: Release) -> PrivateData:
+def ingest(release: Release) -> HashedPrivateData:
     """Load and validate the private data and write it with the public schema; needs an open reservation."""
     from dpldm_core.data.ingest import ingest_dataset
     from tasks import _tracking
@@ -26,4 +26,5 @@ def ingest(release: Release) -> PrivateData:
             num_classes=config.num_classes,
             split_by="position" if config.latent_mechanism == "noised_latents" else "content",
         )
-        return PrivateData(train=FlyteFile(str(train)), heldout=FlyteFile(str(heldout)), run_id=run.run_id)
+        files = FlyteFile(str(train)), FlyteFile(str(heldout))
+        return PrivateData(train=files[0], heldout=files[1], run_id=run.run_id, visibility=PRIVATE)

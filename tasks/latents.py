@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 from flytekit.types.file import FlyteFile
 
 from tasks._resources import CPU_TASK, begin_stage, dpldm_task, work_folder
-from tasks.artifacts import PRIVATE, PUBLIC, Codec, Latents, PrivateData, Release
+from tasks.artifacts import PRIVATE, PUBLIC, Codec, HashedLatents, Latents, PrivateData, Release
 
 if TYPE_CHECKING:
     from dpldm_core.rng import SecretKey
 
 
 @dpldm_task(**CPU_TASK)
-def extract_latents(release: Release, data: PrivateData, codec: Codec) -> Latents:
+def extract_latents(release: Release, data: PrivateData, codec: Codec) -> HashedLatents:
     """Encode the private records with the trained encoder."""
     from dpldm_core.privacy.plan import ReleasePlan
     from dpldm_core.training import stages
@@ -32,7 +32,7 @@ def extract_latents(release: Release, data: PrivateData, codec: Codec) -> Latent
         attempt = stages.Run(work_folder("latents"))
         path, noise_std = stages.extract_latents(train, autoencoder, release.release_config(), plan, key_of, attempt)
         run.log_stage(plan, paid, private_uri=release.account)
-        visibility = PUBLIC if paid else PRIVATE
+        events, visibility = release.events_of(paid), PUBLIC if paid else PRIVATE
         return Latents(
-            latents=FlyteFile(str(path)), noise_std=noise_std, run_id=run.run_id, paid_by=paid, visibility=visibility
+            latents=FlyteFile(str(path)), noise_std=noise_std, run_id=run.run_id, events=events, visibility=visibility
         )

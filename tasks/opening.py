@@ -7,7 +7,7 @@ from typing import NamedTuple
 from flytekit.types.error import FlyteError
 
 from tasks._resources import SMALL, data_root, download_folder, dpldm_task, execution_id, open_ledger
-from tasks.artifacts import Release
+from tasks.artifacts import PUBLIC, Release
 
 
 class Opened(NamedTuple):
@@ -77,8 +77,9 @@ def open_release(
         entry_id=entry.entry_id,
         config=request.config.model_dump_json(),
         plan=decision.plan.model_dump_json(),
-        schema=decision.schema.model_dump_json(),
+        image_schema=decision.schema.model_dump_json(),
         out=request.out,
+        visibility=PUBLIC,
     )
     return Opened(release, list(range(request.config.sampling.num_shards)))
 

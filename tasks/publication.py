@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from tasks._resources import SMALL, dpldm_task, execution_id, open_ledger, work_folder
-from tasks.artifacts import Codec, DiffusionModel, Evaluation, Latents, Release, Shard
+from tasks.artifacts import Codec, DiffusionModel, Evaluation, Release, Shard
 
 
 class Published(NamedTuple):
@@ -19,7 +19,7 @@ class Published(NamedTuple):
 
 @dpldm_task(**SMALL)
 def publish(
-    release: Release, codec: Codec, latents: Latents, model: DiffusionModel, shards: list[Shard], evaluation: Evaluation
+    release: Release, codec: Codec, model: DiffusionModel, shards: list[Shard], evaluation: Evaluation
 ) -> Published:
     """Write and verify the bundle, close the ledger entry, register the model. The evaluation stays inside."""
     from dpldm_core.release.publishing import publish_release
@@ -33,12 +33,12 @@ def publish(
             release.release_id,
             release.release_config(),
             release.plan,
-            release.schema,
+            release.image_schema,
             account=release.account,
             entry=release.entry_id,
             synthetic=parts,
             model_files=files,
-            noise_std=latents.noise_std,
+            noise_std=model.noise_std,
             work=work_folder("publish"),
         )
         open_ledger().publish(release.entry_id, bundle_digest=done.digest)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from flytekit.types.file import FlyteFile
 
 from tasks._resources import GPU_TASK, dpldm_task, work_folder
-from tasks.artifacts import Codec, DiffusionModel, Latents, Release, Shard
+from tasks.artifacts import PUBLIC, Codec, DiffusionModel, HashedShard, Release, Shard
 
 
 @dpldm_task(**GPU_TASK)
-def sample_shard(shard: int, release: Release, codec: Codec, latents: Latents, model: DiffusionModel) -> Shard:
+def sample_shard(shard: int, release: Release, codec: Codec, model: DiffusionModel) -> HashedShard:
     """Draw one shard of the synthetic images."""
     from dpldm_core.release.sampling import write_shard
     from tasks import _tracking
@@ -20,10 +20,10 @@ def sample_shard(shard: int, release: Release, codec: Codec, latents: Latents, m
             work_folder("sample"),
             shard,
             config,
-            release.schema,
+            release.image_schema,
             decoder=codec.decoder.download(),
             denoiser=model.denoiser.download(),
-            noise_std=latents.noise_std,
+            noise_std=model.noise_std,
         )
         run.params(shard=shard, seed=config.seed)
-        return Shard(images=FlyteFile(str(path)), run_id=run.run_id)
+        return Shard(images=FlyteFile(str(path)), run_id=run.run_id, visibility=PUBLIC)

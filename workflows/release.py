@@ -69,9 +69,9 @@ def release_pipeline(
     codec = train_autoencoder(release=release, data=data)
     latents = extract_latents(release=release, data=data, codec=codec)
     model = train_diffusion(release=release, latents=latents)
-    images = map_task(partial(sample_shard, release=release, codec=codec, latents=latents, model=model))(shard=shards)
+    images = map_task(partial(sample_shard, release=release, codec=codec, model=model))(shard=shards)
     measured = evaluate(release=release, data=data, shards=images)
-    done = publish(release=release, codec=codec, latents=latents, model=model, shards=images, evaluation=measured)
+    done = publish(release=release, codec=codec, model=model, shards=images, evaluation=measured)
     return Result(done.bundle, done.release_id, done.epsilon, done.delta)
 
 
