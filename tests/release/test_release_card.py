@@ -74,7 +74,7 @@ def test_card_says_how_sure_an_attacker_can_become():
         mechanisms=(
             DpSgdPlan(
                 stage="diffusion",
-                sample_rate=0.1,
+                sample_rate=0.01,
                 num_steps=1200,
                 max_grad_norm=1.0,
                 noise_multiplier=2.0,
@@ -89,7 +89,7 @@ def test_card_says_how_sure_an_attacker_can_become():
     epsilon = plan.epsilon()
     sure = float(re.search(r"become ([\d.]+) % sure", text)[1])
     assert 0 <= sure - 100 / (1 + np.exp(-epsilon)) < 0.02
-    assert "| diffusion | DP-SGD: 1,200 steps, sample rate 0.1 | 2 |" in text
+    assert "| diffusion | DP-SGD: 1,200 steps, sample rate 0.01 | 2 |" in text
 
 
 def test_audit_appears_only_when_there_is_one(plan):
