@@ -88,7 +88,7 @@ def test_card_says_how_sure_an_attacker_can_become():
     text = card(plan)
     epsilon = plan.epsilon()
     sure = float(re.search(r"become ([\d.]+) % sure", text)[1])
-    assert 0 <= sure - 100 / (1 + np.exp(-epsilon)) < 0.02
+    assert 0 <= sure - 100 / (1 + np.exp(-epsilon)) < 0.04  # rounded up: epsilon to 0.001, then the percentage
     assert "| diffusion | DP-SGD: 1,200 steps, sample rate 0.01 | 2 |" in text
 
 
