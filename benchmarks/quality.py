@@ -1,0 +1,172 @@
+"""Utility and fidelity of one release against real data: one result file per run.
+
+python benchmarks/quality.py --dataset mnist --epsilon 1 --preset cpu --data-root FOLDER
+
+Runs the very stages of a release (real mechanisms, fresh noise, the bundle is written and verified), then trains the
+small CNN of protocol B for each seed (tested on the real test set, fixed epochs, nothing selected) and measures Frechet
+distances beside the floor of real training against real test images. The numbers are computed from real data, so they
+are internal; public data sets protect nobody, so theirs may be shown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks._machine import describe_machine
+from dpldm_core.data.ingest import ingest_dataset
+from dpldm_core.release.measuring import evaluate_files
+from dpldm_core.release.opening import check_request, decide
+from dpldm_core.release.publishing import publish_release
+from dpldm_core.release.sampling import write_shard
+from dpldm_core.release.verify import verify_bundle
+from dpldm_core.rng import SecretKey
+from dpldm_core.training import stages
+
+RESULTS = Path(__file__).parent / "results" / "quality"
+
+
+class Clock:
+    """Wall and processor seconds and peak memory of each stage."""
+
+    def __init__(self) -> None:
+        self.stages: dict[str, dict[str, float]] = {}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Measure the body."""
+        wall, cpu = time.perf_counter(), time.process_time()
+        yield
+        self.stages[name] = {
+            "wall_seconds": round(time.perf_counter() - wall, 2),
+            "cpu_seconds": round(time.process_time() - cpu, 2),
+            "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2),
+        }
+        print(f"{name:18s} {self.stages[name]}", flush=True)
+
+
+def release_and_measure(arguments: argparse.Namespace, folder: Path) -> dict:
+    """All stages of one release, then its measurement."""
+    clock = Clock()
+    with clock.stage("open"):
+        request = check_request(
+            dataset=arguments.dataset,
+            epsilon=arguments.epsilon,
+            delta=arguments.delta,
+            preset=arguments.preset,
+            num_samples=arguments.num_samples,
+            latent_mechanism=arguments.latent_mechanism,
+            budget_epsilon=0.0,
+            out=str(folder / "releases"),
+            config=arguments.config,
+        )
+        decision = decide(request, data_root=arguments.data_root, cache_dir=str(folder))
+    config, plan, schema = request.config, decision.plan, decision.schema
+    keys = {m.stage: SecretKey.generate() for m in plan.mechanisms}
+    run = stages.Run(folder)
+    with clock.stage("ingest"):
+        by = "position" if config.latent_mechanism == "noised_latents" else "content"
+        train, heldout = ingest_dataset(
+            config.dataset,
+            folder,
+            split_key=b"benchmark",
+            data_root=arguments.data_root,
+            cache_dir=str(folder),
+            num_classes=config.num_classes,
+            split_by=by,
+        )
+    with clock.stage("train_autoencoder"):
+        autoencoder, decoder, _ = stages.train_codec(train, config, plan, keys["train_autoencoder"], run)
+    with clock.stage("extract_latents"):
+        latents, noise_std = stages.extract_latents(train, autoencoder, config, plan, keys.__getitem__, run)
+    with clock.stage("train_diffusion"):
+        denoiser, _ = stages.train_diffusion(latents, noise_std, config, schema, plan, keys.__getitem__, run)
+    with clock.stage("sample"):
+        models = {"decoder": decoder, "denoiser": denoiser}
+        part = write_shard(folder, 0, config, schema.model_dump_json(), noise_std=noise_std, num_shards=1, **models)
+    with clock.stage("publish"):
+        published = publish_release(
+            request.out,
+            request.release_id,
+            config,
+            plan.model_dump_json(),
+            schema.model_dump_json(),
+            account=request.account,
+            entry="benchmark",
+            synthetic=[str(part)],
+            model_files={name: str(path) for name, path in models.items()},
+            noise_std=noise_std,
+            work=folder,
+        )
+        report = verify_bundle(published.bundle, strict=True).report
+    if arguments.picture:
+        Path(arguments.picture).write_bytes(published.samples_png)
+    measured = {"num_seeds": arguments.seeds, "max_frechet_images": arguments.frechet_images}
+    with clock.stage("evaluate"):
+        _, numbers = evaluate_files(
+            [part],
+            train,
+            heldout,
+            folder,
+            config.evaluation.model_copy(update=measured),
+            inception_weights=arguments.inception_weights or None,
+        )
+    result = json.loads((folder / "evaluation.json").read_text())
+    made = ("open", "ingest", "train_autoencoder", "extract_latents", "train_diffusion", "sample", "publish")
+    print(f"accuracy {numbers.get('train_on_synthetic_accuracy.mean')}", flush=True)
+    return {
+        "dataset": arguments.dataset,
+        "preset": arguments.preset,
+        "protocol": "B: small CNN, real test set, fixed epochs, mean, deviation and max over seeds",
+        "tuned_on": arguments.tuned_on,
+        "epsilon": report.epsilon,
+        "delta": report.delta,
+        "neighboring_relation": report.neighboring_relation,
+        "epsilon_replace_one": report.epsilon_replace_one,
+        "events": [event.model_dump(mode="json") for event in report.events],
+        "release_minutes": round(sum(clock.stages[name]["wall_seconds"] for name in made) / 60, 2),
+        "stages": clock.stages,
+        "measured": result,
+        "config": config.model_dump(mode="json"),
+        "machine": describe_machine(),
+    }
+
+
+def main() -> None:
+    """Run one release and write its result file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset", default="mnist5k")
+    parser.add_argument("--epsilon", type=float, default=10.0)
+    parser.add_argument("--delta", type=float, default=1e-5)
+    parser.add_argument("--preset", default="quick")
+    parser.add_argument("--num-samples", type=int, default=0)
+    parser.add_argument("--latent-mechanism", default="dp_sgd")
+    parser.add_argument("--config", default="", help="file that overrides single fields of the preset")
+    parser.add_argument("--data-root", help="folder with MNIST and Fashion-MNIST")
+    parser.add_argument("--seeds", type=int, default=3, help="classifiers trained")
+    parser.add_argument("--frechet-images", type=int, default=10_000, help="images a side")
+    parser.add_argument("--inception-weights", default="", help="file with Inception weights")
+    parser.add_argument("--tuned-on", default="", help="data that the preset's values were chosen on")
+    parser.add_argument("--picture", default="", help="where to write samples.png")
+    parser.add_argument("--name", default="", help="name of the result file")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        result = release_and_measure(arguments, Path(folder))
+    default = f"{arguments.dataset}-eps{arguments.epsilon:g}-{arguments.preset}-{arguments.latent_mechanism}"
+    path = RESULTS / f"{arguments.name or default}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    print(path)
+
+
+if __name__ == "__main__":
+    main()
