@@ -22,7 +22,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks._machine import describe_machine
+from _machine import describe_machine
+
 from dpldm_core.data.ingest import ingest_dataset
 from dpldm_core.release.measuring import evaluate_files
 from dpldm_core.release.opening import check_request, decide

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from flytekit.types.error import FlyteError
 
-from tasks._resources import SMALL, data_root, download_folder, dpldm_task, execution_id, open_ledger
+from tasks._resources import SMALL, data_root, download_folder, dpldm_task, execution_id, inception_weights, open_ledger
 from tasks.artifacts import PUBLIC, Release
 
 
@@ -43,6 +43,7 @@ def open_release(
         budget_epsilon=budget_epsilon,
         out=out,
         config=config,
+        inception_weights=inception_weights(),
     )
     ledger = open_ledger()
     run_id = _tracking.open_run(request.release_id, execution_id())

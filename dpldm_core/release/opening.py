@@ -94,6 +94,7 @@ def check_request(
     budget_epsilon: float,
     out: str,
     config: str,
+    inception_weights: str | None = None,
 ) -> Request:
     """Resolve and check the inputs of a release. Reads no data.
 
@@ -108,6 +109,7 @@ def check_request(
             epsilon (one release) for own data.
         out: Folder or URI of releases.
         config: File of overrides, or empty. ``release_id``, ``account`` and ``cohort`` may stand in it too.
+        inception_weights: File with the Inception weights that the evaluation will ask for, if any.
 
     Raises:
         ConfigError: A parameter is unknown or out of range.
@@ -128,6 +130,10 @@ def check_request(
         public_num_records=built_in.num_records if built_in else None,
         overrides=overrides,
     )
+    if inception_weights:
+        from dpldm_core.evaluation.features import inception_metric  # imports torch
+
+        inception_metric(inception_weights)
     release_id = names["release_id"] or _new_release_id(dataset, epsilon)
     check_target(out, release_id)
     return Request(

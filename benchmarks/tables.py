@@ -1,0 +1,68 @@
+"""Write the tables of README.md from the committed result files: python benchmarks/tables.py [--check]."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+README = HERE.parent / "README.md"
+MARK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def quality_table() -> str:
+    """One row per result file of benchmarks/quality.py."""
+    rows = [
+        "| data | epsilon (delta 1e-5) | preset | small CNN trained on it: accuracy, sd, max of n | on real data | "
+        "Frechet distance / floor | minutes | machine |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    results = [json.loads(path.read_text()) for path in sorted((HERE / "results" / "quality").glob("*.json"))]
+    order = sorted(results, key=lambda r: (r["dataset"], r["preset"], r["config"]["latent_mechanism"], -r["epsilon"]))
+    return "\n".join(rows + [_quality_row(result) for result in order])
+
+
+def _quality_row(result: dict) -> str:
+    measured = result["measured"]
+    accuracy, ceiling = measured["train_on_synthetic_accuracy"], measured["ceiling_accuracy"]
+    metric = next(name for name in ("fid", "fd_inception768", "fd_real_classifier") if name in measured)
+    frechet, machine = measured[metric], result["machine"]
+    deviation = f"{100 * accuracy['std']:.1f}" if accuracy["std"] is not None else "-"
+    mode = "" if result["config"]["latent_mechanism"] == "dp_sgd" else ", noised_latents"
+    cells = (
+        f"{result['dataset']}{mode}",
+        f"{result['epsilon']:.2f} {result['neighboring_relation']}",
+        result["preset"],
+        f"{100 * accuracy['mean']:.1f}, {deviation}, {100 * accuracy['max']:.1f} of {accuracy['num_seeds']}",
+        f"{100 * ceiling['mean']:.1f}",
+        f"{frechet['distance']:.3g} / {frechet['floor']:.3g} ({metric}, n={frechet['num_images']:,})",
+        f"{result['release_minutes']:.1f}",
+        machine["gpu"] or f"{machine['cores']} cores, {machine['processor']}",
+    )
+    return "| " + " | ".join(cells) + " |"
+
+
+TABLES = {"quality": quality_table}
+
+
+def rendered(text: str) -> str:
+    """The text with every marked table written anew."""
+    return MARK.sub(lambda m: f"{m[1]}{TABLES[m[2]]()}\n{m[3]}", text)
+
+
+def main() -> int:
+    """Write the tables, or with --check tell whether they are up to date."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 when a table is out of date")
+    text = README.read_text()
+    if parser.parse_args().check:
+        return int(text != rendered(text))
+    README.write_text(rendered(text))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

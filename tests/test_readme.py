@@ -1,0 +1,38 @@
+"""What README.md tells a stranger to type exists, and its numbers come from committed result files."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_every_make_target_exists():
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M))
+    assert set(re.findall(r"make ([a-z]+)", README)) <= targets
+
+
+def test_every_option_of_the_release_exists():
+    from workflows.release import release_pipeline, resample_pipeline
+
+    known = {*release_pipeline.python_interface.inputs, *resample_pipeline.python_interface.inputs, "help", "raise"}
+    known |= {"account", "budget-epsilon", "inception-weights", "dry-run"}
+    assert set(re.findall(r"--([a-z][a-z_-]+)", README)) <= known
+
+
+def test_every_link_leads_somewhere():
+    for path in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (ROOT / path).exists(), path
+
+
+def test_every_environment_variable_is_read_somewhere():
+    sources = "\n".join(p.read_text() for p in (*(ROOT / "tasks").glob("*.py"), ROOT / "dpldm_core/privacy/ledger.py"))
+    for name in re.findall(r"`((?:DPLDM|MLFLOW)_[A-Z_]+)`", README):
+        assert name in sources, name
+
+
+def test_tables_are_those_of_the_result_files():
+    done = subprocess.run([sys.executable, str(ROOT / "benchmarks" / "tables.py"), "--check"])
+    assert done.returncode == 0, "run: python benchmarks/tables.py"

@@ -1,0 +1,105 @@
+"""Stages as functions from files to files, and the sampler's independence of how it is called."""
+
+import numpy as np
+import pytest
+import torch
+
+from dpldm_core.data.ingest import ingest_dataset
+from dpldm_core.presets import resolve_config
+from dpldm_core.privacy.calibration import plan_release
+from dpldm_core.rng import SecretKey
+from dpldm_core.training import stages
+from tests.tasks.conftest import drawings
+
+KEYS = {name: SecretKey.generate() for name in ("train_autoencoder", "latent_prior", "train_diffusion")}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("stages")
+    images, labels = drawings(360)
+    np.savez(folder / "x.npz", images=images, labels=labels)
+    train, _ = ingest_dataset(
+        str(folder / "x.npz"),
+        folder,
+        split_key=b"k",
+        data_root=None,
+        cache_dir=None,
+        num_classes=None,
+        split_by="content",
+    )
+    config = resolve_config(
+        dataset="x",
+        epsilon=8.0,
+        delta=1e-5,
+        preset="smoke",
+        num_samples=60,
+        latent_mechanism="dp_sgd",
+        public_num_records=None,
+    )
+    schema = stages.read_records(train).schema
+    plan = plan_release(config, num_classes=3, latent_dim=16, grouped=False)
+    run = stages.Run(folder)
+    autoencoder, decoder, curve = stages.train_codec(train, config, plan, KEYS["train_autoencoder"], run)
+    latents, noise_std = stages.extract_latents(train, autoencoder, config, plan, KEYS.__getitem__, run)
+    denoiser, private_curve = stages.train_diffusion(latents, noise_std, config, schema, plan, KEYS.__getitem__, run)
+    assert len(curve) == 2 and private_curve == [], "only the curve of procedural images is public"
+    return {
+        "config": config,
+        "schema": schema,
+        "decoder": decoder,
+        "denoiser": denoiser,
+        "folder": folder,
+        "train": train,
+    }
+
+
+def draw(trained, indices, **options):
+    config = options.pop("config", trained["config"])
+    return stages.sample_images(trained["decoder"], trained["denoiser"], config, trained["schema"], indices, **options)
+
+
+def test_images_do_not_depend_on_batch_size_or_shard(trained):
+    whole, labels = draw(trained, range(60))
+    for batch_size in (1, 7, 60):
+        again, same_labels = draw(trained, range(60), batch_size=batch_size)
+        difference = np.abs(again.astype(int) - whole.astype(int))
+        assert difference.max() <= 1 and (difference > 0).mean() < 1e-3, "float rounding alone"
+        assert np.array_equal(labels, same_labels)
+    shards = [draw(trained, stages.shard_indices(60, s, 4))[0] for s in range(4)]
+    assert np.abs(np.concatenate(shards).astype(int) - whole.astype(int)).max() <= 1
+
+
+def test_sampling_from_a_fixed_model_with_a_fixed_seed_is_reproducible(trained):
+    first = draw(trained, range(20))[0]
+    assert np.array_equal(draw(trained, range(20))[0], first)
+    other = draw(trained, range(20), config=trained["config"].model_copy(update={"seed": 1}))[0]
+    assert not np.array_equal(other, first)
+
+
+def test_labels_are_uniform_whatever_the_private_proportions(trained):
+    assert np.bincount(draw(trained, range(60))[1]).tolist() == [20, 20, 20]
+
+
+def test_pixels_round_trip():
+    images = np.arange(256, dtype=np.uint8).reshape(4, 8, 8, 1)
+    assert np.array_equal(stages.to_uint8(stages.to_tensor(images)), images)
+    wide = stages.to_uint8(torch.tensor([[[[-7.0, 9.0]]]]))
+    assert wide.flatten().tolist() == [0, 255]
+
+
+def test_shards_cover_every_sample_once():
+    for n, k in ((10, 3), (7, 7), (5, 1)):
+        assert [i for s in range(k) for i in stages.shard_indices(n, s, k)] == list(range(n))
+
+
+def test_equal_keys_and_data_give_equal_models_and_a_changed_plan_or_file_another_binding(trained, tmp_path):
+    config, plan = trained["config"], plan_release(trained["config"], num_classes=3, latent_dim=16, grouped=False)
+    files = []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        run = stages.Run(tmp_path / name)
+        files.append(stages.train_codec(trained["train"], config, plan, KEYS["train_autoencoder"], run)[1])
+    assert files[0].read_bytes() == files[1].read_bytes()
+    plans = [plan.model_dump_json(), plan.model_copy(update={"delta": 1e-6}).model_dump_json()]
+    assert len({stages.binding_of(f, p) for f in (trained["train"], files[0]) for p in plans}) == 4
