@@ -108,64 +108,38 @@ def find_open_runs(execution_id: str) -> list[str]:
     return [run.info.run_id for run in runs if run.info.status == "RUNNING"]
 
 
-def log_params_to_parent(run_id: str, params: Mapping[str, Any]) -> None:
-    """Public parameters of the whole release."""
-    client = _client()
-    for key, value in params.items():
-        client.log_param(run_id, key, value)
+class Run:
+    """What may be logged to one run. Everything passed here must be public or meant to stay in the steward's store.
 
-
-def log_to_parent(run_id: str, metrics: Mapping[str, float]) -> None:
-    """Public numbers of the whole release."""
-    client = _client()
-    for key, value in metrics.items():
-        client.log_metric(run_id, key, value)
-
-
-class ChildRun:
-    """What a task may log. Everything passed here must be public or meant to stay inside the steward's store."""
+    Args:
+        run_id: Of a release's run or of a task's.
+    """
 
     def __init__(self, run_id: str) -> None:
         self.run_id = run_id
+        self._client = _client()
 
     def params(self, **values: Any) -> None:
         """Public parameters."""
-        import mlflow
+        from mlflow.entities import Param
 
-        mlflow.log_params(values)
+        self._client.log_batch(self.run_id, params=[Param(key, str(value)) for key, value in values.items()])
 
     def metrics(self, **values: float) -> None:
         """Numbers."""
-        import mlflow
-
-        mlflow.log_metrics({key: float(value) for key, value in values.items()})
+        for key, value in values.items():
+            self._client.log_metric(self.run_id, key, float(value))
 
     def curve(self, name: str, values: list[float]) -> None:
         """A public curve, at most 200 points."""
-        import mlflow
         from mlflow.entities import Metric
 
         stride = max(1, len(values) // 200)
         points = [Metric(name, values[i], 0, i) for i in range(0, len(values), stride)]
-        mlflow.MlflowClient().log_batch(self.run_id, metrics=points)
+        self._client.log_batch(self.run_id, metrics=points)
 
-    def figure(self, png: bytes, name: str) -> None:
-        """A PNG figure."""
-        import io
-
-        import mlflow
-        from PIL import Image
-
-        mlflow.log_image(Image.open(io.BytesIO(png)), name)
-
-    def document(self, value: Mapping[str, Any], name: str) -> None:
-        """A JSON document."""
-        import mlflow
-
-        mlflow.log_dict(dict(value), name)
-
-    def log_stage(self, plan: ReleasePlan, stages: Sequence[str], *, private_uri: str = "") -> None:
-        """What private mechanisms of this run spent, each by itself, and the data they read."""
+    def stage(self, plan: ReleasePlan, stages: Sequence[str]) -> None:
+        """What private mechanisms spent, each by itself."""
         from dpldm_core.privacy import accounting
 
         relation = accounting.relation_from_name(plan.relation)
@@ -173,55 +147,46 @@ class ChildRun:
             mechanism = plan.mechanism(stage)
             self.metrics(**{f"epsilon.{stage}": accounting.epsilon([mechanism.event()], plan.delta, relation)})
             self.params(**{f"{stage}.{k}": v for k, v in mechanism.model_dump().items() if k != "stage"})
-            self.document(accounting.event_to_json(mechanism.event()), f"events/{stage}.json")
-        if private_uri:
-            self.private_input(private_uri)
+            self._client.log_dict(self.run_id, accounting.event_to_json(mechanism.event()), f"events/{stage}.json")
 
     def private_input(self, uri: str) -> None:
         """The private data as lineage: its URI alone."""
-        self._log_dataset(uri, "private_data", "training", digest="private")
+        self._dataset(uri, "private_data", "training", digest="private")
 
-    def public_output(self, uri: str, name: str, digest: str) -> None:
-        """The synthetic data as lineage."""
-        self._log_dataset(uri, name, "synthetic", digest=digest[:36])
-
-    def _log_dataset(self, uri: str, name: str, context: str, *, digest: str) -> None:
-        import mlflow
+    def _dataset(self, uri: str, name: str, context: str, *, digest: str) -> None:
         from mlflow.data.http_dataset_source import HTTPDatasetSource
         from mlflow.data.meta_dataset import MetaDataset
+        from mlflow.entities import DatasetInput, InputTag
 
-        source = HTTPDatasetSource(uri)  # any URI; resolving it would look at the data
-        dataset = MetaDataset(source=source, name=name, digest=digest)  # type: ignore[abstract]
-        mlflow.log_input(dataset, context=context)
+        source = HTTPDatasetSource(uri)  # any URI; a source that resolves it would look at the data
+        dataset = MetaDataset(source=source, name=name, digest=digest)._to_mlflow_entity()  # type: ignore[abstract]
+        self._client.log_inputs(self.run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", context)])])
 
-    def publication(self, done: Publication, *, inputs: Sequence[str], evaluation: str) -> None:
-        """A published bundle: its promise, report, picture, data and model; links to the runs that it came from."""
-        self.params(
-            bundle=done.bundle, **{f"made_by.{i}": run for i, run in enumerate(inputs)}, evaluated_by=evaluation
-        )
+    def publication(self, done: Publication) -> None:
+        """A published bundle: its promise, report, picture, data and model."""
+        import io
+
+        from PIL import Image
+
+        self.params(bundle=done.bundle, manifest_sha256=done.digest)
         self.metrics(**done.promise())
-        self.document(done.report.model_dump(mode="json"), "privacy_report.json")
-        self.figure(done.samples_png, "samples.png")
-        self.public_output(done.bundle, done.release_id, done.digest)
+        self._client.set_tag(self.run_id, "mlflow.note.content", done.summary())
+        self._client.log_dict(self.run_id, done.report.model_dump(mode="json"), "privacy_report.json")
+        self._client.log_image(self.run_id, Image.open(io.BytesIO(done.samples_png)), "samples.png")
+        self._dataset(done.bundle, done.release_id, "synthetic", digest=done.digest[:36])
         if done.model_folder is not None:
             params = {"release_id": done.release_id, "epsilon": f"{done.report.epsilon:.6g}"}
-            self.register_model(done.model_folder, name=model_name(done.dataset), params=params)
+            self._register_model(done.model_folder, name=model_name(done.dataset), params=params)
 
-    def register_model(self, folder: Path, *, name: str, params: Mapping[str, str], alias: str = "current") -> str:
-        """Register a folder of safetensors as a model with an alias. No pickle, no flavour.
-
-        Returns:
-            The model's id.
-        """
+    def _register_model(self, folder: Path, *, name: str, params: Mapping[str, str], alias: str = "current") -> None:
+        """Register a folder of safetensors as a model with an alias. No pickle, no flavour."""
         import mlflow
 
-        client = mlflow.MlflowClient()
         model = mlflow.initialize_logged_model(name, source_run_id=self.run_id, params=dict(params), model_type="dpldm")
-        client.log_model_artifacts(model.model_id, str(folder))
+        self._client.log_model_artifacts(model.model_id, str(folder))
         mlflow.finalize_logged_model(model.model_id, "READY")
         version = mlflow.register_model(f"models:/{model.model_id}", name)
-        client.set_registered_model_alias(name, alias, version.version)
-        return model.model_id
+        self._client.set_registered_model_alias(name, alias, version.version)
 
 
 def model_name(dataset: str) -> str:
@@ -230,7 +195,7 @@ def model_name(dataset: str) -> str:
 
 
 @contextmanager
-def child_run(parent_run_id: str, name: str) -> Iterator[ChildRun]:
+def child_run(parent_run_id: str, name: str) -> Iterator[Run]:
     """A run under the release's; marked FAILED when the body raises.
 
     Raises:
@@ -242,4 +207,4 @@ def child_run(parent_run_id: str, name: str) -> Iterator[ChildRun]:
     with mlflow.start_run(
         experiment_id=_experiment_id(client), run_name=name, parent_run_id=parent_run_id, log_system_metrics=False
     ) as run:
-        yield ChildRun(run.info.run_id)
+        yield Run(run.info.run_id)

@@ -36,7 +36,7 @@ def train_diffusion(release: Release, latents: Latents) -> HashedDiffusionModel:
         path, curve = stages.train_diffusion(
             private, latents.noise_std, release.release_config(), schema, plan, key_of, attempt
         )
-        run.log_stage(plan, paid)
+        run.stage(plan, paid)
         run.curve("released_latents_loss", curve)
         events = release.events_of(paid)
         return DiffusionModel(

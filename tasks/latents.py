@@ -31,7 +31,8 @@ def extract_latents(release: Release, data: PrivateData, codec: Codec) -> Hashed
 
         attempt = stages.Run(work_folder("latents"))
         path, noise_std = stages.extract_latents(train, autoencoder, release.release_config(), plan, key_of, attempt)
-        run.log_stage(plan, paid, private_uri=release.account)
+        run.stage(plan, paid)
+        run.private_input(release.account)
         events, visibility = release.events_of(paid), PUBLIC if paid else PRIVATE
         return Latents(
             latents=FlyteFile(str(path)), noise_std=noise_std, run_id=run.run_id, events=events, visibility=visibility

@@ -69,7 +69,7 @@ def open_release(
     except Exception:
         close_failed_execution()
         raise
-    _tracking.log_params_to_parent(run_id, decision.public_parameters())
+    _tracking.Run(run_id).params(**decision.public_parameters())
     print(decision.summary())
     release = Release(
         release_id=request.release_id,

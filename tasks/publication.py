@@ -22,6 +22,7 @@ def publish(
     release: Release, codec: Codec, model: DiffusionModel, shards: list[Shard], evaluation: Evaluation
 ) -> Published:
     """Write and verify the bundle, close the ledger entry, register the model. The evaluation stays inside."""
+    from dpldm_core.privacy.plan import ReleasePlan
     from dpldm_core.release.publishing import publish_release
     from tasks import _tracking
 
@@ -42,8 +43,11 @@ def publish(
             work=work_folder("publish"),
         )
         open_ledger().publish(release.entry_id, bundle_digest=done.digest)
-        run.publication(done, inputs=[codec.run_id, model.run_id], evaluation=evaluation.run_id)
-    _tracking.log_to_parent(release.run_id, done.promise())
+        run.params(codec_by=codec.run_id, model_by=model.run_id, evaluated_by=evaluation.run_id)
+    parent, plan = _tracking.Run(release.run_id), ReleasePlan.model_validate_json(release.plan)
+    parent.stage(plan, [mechanism.stage for mechanism in plan.mechanisms])
+    parent.private_input(release.account)
+    parent.publication(done)
     _tracking.close_run(release.run_id)
     print(done.summary())
     return Published(done.bundle, release.release_id, done.report.epsilon, done.report.delta)
@@ -57,10 +61,9 @@ def resample(bundle: str, num_samples: int, seed: int, out: str) -> Published:
 
     done = resample_release(bundle, num_samples, seed, out, work_folder("resample"))
     run_id = _tracking.open_run(done.release_id, execution_id())
-    _tracking.log_params_to_parent(run_id, {"parent_release_id": done.parent_release_id})
-    with _tracking.child_run(run_id, "resample") as run:
-        run.publication(done, inputs=[], evaluation="")
-    _tracking.log_to_parent(run_id, done.promise())
+    run = _tracking.Run(run_id)
+    run.params(parent_release_id=done.parent_release_id, seed=seed, num_samples=num_samples)
+    run.publication(done)
     _tracking.close_run(run_id)
     print(done.summary())
     return Published(done.bundle, done.release_id, done.report.epsilon, done.report.delta)

@@ -14,18 +14,21 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import fsspec
 
+from dpldm_core import storage
 from dpldm_core.errors import BundleError
 from dpldm_core.privacy.report import PrivacyReport
+from dpldm_core.storage import is_remote, local_path
 
 FORMAT_VERSION = 1
 MANIFEST, CONFIG, REPORT = "manifest.json", "config.json", "privacy_report.json"
 CARD, SAMPLES = "README.md", "samples.png"
+_WAY_OUT = "Choose another out, or move that one away; a release is never overwritten"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
@@ -41,19 +44,18 @@ def check_target(out: str | Path, release_id: str) -> None:
     """
     if not _NAME.fullmatch(release_id):
         raise BundleError(f"release_id={release_id!r} is not a plain name of letters, digits, '.', '_' and '-'")
-    way_out = "Choose another out, or move that folder away; a release is never overwritten"
-    if _is_remote(out):
+    if is_remote(out):
         try:
             filesystem, root = fsspec.core.url_to_fs(f"{out}/{release_id}")
             taken = filesystem.exists(f"{root}/{MANIFEST}")
         except Exception as error:  # every store fails in its own way
             raise BundleError(f"out={str(out)!r} cannot be reached: {error}") from error
         if taken:
-            raise BundleError(f"{out}/{release_id} already holds a release. {way_out}")
+            raise BundleError(f"{out}/{release_id} already holds a release. {_WAY_OUT}")
         return
-    target = _local(out) / release_id
+    target = local_path(out) / release_id
     if os.path.lexists(target):
-        raise BundleError(f"{target} already exists. {way_out}")
+        raise BundleError(f"{target} already exists. {_WAY_OUT}")
     parent = next(p for p in target.absolute().parents if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise BundleError(f"out={str(out)!r} cannot be written: {parent} is not a folder you may write to")
@@ -91,7 +93,6 @@ def write_bundle(
     Raises:
         BundleError: It exists already, cannot be written, or the parts belong to different releases.
     """
-    check_target(out, release_id)
     if report.release_id != release_id:
         raise BundleError(f"the report is of release {report.release_id!r}, not of {release_id!r}")
     if bad := [name for name in model_files if not _NAME.fullmatch(name)]:
@@ -101,9 +102,9 @@ def write_bundle(
     files |= {CONFIG: canonical_json(dict(config)), REPORT: canonical_json(report.model_dump(mode="json"))}
     files |= {CARD: card.encode(), SAMPLES: samples_png}
     try:
-        if _is_remote(out):
+        if is_remote(out):
             return _upload(f"{out}/{release_id}", release_id, files)
-        return _rename_into_place(_local(out), release_id, files)
+        return _rename_into_place(local_path(out), release_id, files)
     except OSError as error:
         raise BundleError(f"the bundle {release_id} cannot be written under {out}: {error}") from error
 
@@ -136,26 +137,27 @@ def digest(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def local_copy(bundle: str | Path) -> Iterator[Path]:
-    """The bundle as a local folder; a remote one is fetched into a temporary folder."""
-    if not _is_remote(bundle):
-        yield _local(bundle)
-        return
-    with tempfile.TemporaryDirectory() as folder:
+    """The bundle as a local folder; a remote one is fetched into a temporary folder.
+
+    Raises:
+        BundleError: It cannot be fetched.
+    """
+    with ExitStack() as stack:
         try:
-            filesystem, root = fsspec.core.url_to_fs(str(bundle))
-            for name in filesystem.find(root):
-                target = Path(folder, name.removeprefix(root).lstrip("/"))
-                if ".." in target.parts:
-                    raise BundleError(f"{bundle} holds a file outside itself: {name}")
-                target.parent.mkdir(parents=True, exist_ok=True)
-                filesystem.get_file(name, str(target))
+            folder = stack.enter_context(storage.local_copy(bundle))
         except OSError as error:
             raise BundleError(f"{bundle} cannot be fetched: {error}") from error
-        yield Path(folder)
+        yield folder
 
 
-def _fill(folder: Path, release_id: str, files: Mapping[str, bytes | Path]) -> None:
-    """Write all files, the manifest last, each synced to disk."""
+def _check_same(manifest: bytes, present: bytes, out: str | Path) -> None:
+    """A retry that finds its own bundle is content; anything else is never overwritten."""
+    if manifest != present:
+        raise BundleError(f"another release of that name already exists under {out}. {_WAY_OUT}")
+
+
+def _fill(folder: Path, release_id: str, files: Mapping[str, bytes | Path]) -> bytes:
+    """Write all files, the manifest last, each synced to disk; return the manifest."""
     for name, content in files.items():
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -165,9 +167,11 @@ def _fill(folder: Path, release_id: str, files: Mapping[str, bytes | Path]) -> N
             shutil.copyfile(content, target)
         _sync(target)
     listed = {name: digest(folder / name) for name in files}
-    (folder / MANIFEST).write_bytes(seal({"format_version": FORMAT_VERSION, "release_id": release_id, "files": listed}))
+    manifest = seal({"format_version": FORMAT_VERSION, "release_id": release_id, "files": listed})
+    (folder / MANIFEST).write_bytes(manifest)
     for path in (folder / MANIFEST, *{(folder / name).parent for name in files}):
         _sync(path)
+    return manifest
 
 
 def _rename_into_place(out: Path, release_id: str, files: Mapping[str, bytes | Path]) -> str:
@@ -177,8 +181,13 @@ def _rename_into_place(out: Path, release_id: str, files: Mapping[str, bytes | P
     staging = out / f".{release_id}.tmp-{uuid.uuid4().hex[:8]}"
     try:
         staging.mkdir()
-        _fill(staging, release_id, files)
-        os.rename(staging, out / release_id)
+        manifest = _fill(staging, release_id, files)
+        if os.path.lexists(out / release_id):
+            _check_same(
+                manifest, (out / release_id / MANIFEST).read_bytes() if (out / release_id).is_dir() else b"", out
+            )
+        else:
+            os.rename(staging, out / release_id)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     _sync(out)
@@ -188,7 +197,10 @@ def _rename_into_place(out: Path, release_id: str, files: Mapping[str, bytes | P
 def _upload(uri: str, release_id: str, files: Mapping[str, bytes | Path]) -> str:
     filesystem, root = fsspec.core.url_to_fs(uri)
     with tempfile.TemporaryDirectory() as folder:
-        _fill(Path(folder), release_id, files)
+        manifest = _fill(Path(folder), release_id, files)
+        if filesystem.exists(f"{root}/{MANIFEST}"):
+            _check_same(manifest, filesystem.cat_file(f"{root}/{MANIFEST}"), uri)
+            return uri
         for name in (*files, MANIFEST):
             filesystem.put_file(str(Path(folder, name)), f"{root}/{name}")
     return uri
@@ -200,11 +212,3 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _is_remote(place: str | Path) -> bool:
-    return "://" in str(place) and not str(place).startswith("file://")
-
-
-def _local(place: str | Path) -> Path:
-    return Path(str(place).removeprefix("file://"))

@@ -109,8 +109,10 @@ def test_an_existing_release_is_never_overwritten(folder, parts):
     with pytest.raises(BundleError, match=r"r1 already exists\. Choose another out"):
         bundle.check_target(folder.parent, "r1")
     with pytest.raises(BundleError, match="already exists"):
-        bundle.write_bundle(folder.parent, "r1", **parts)
+        bundle.write_bundle(folder.parent, "r1", **parts | {"card": "another card"})
     assert (folder / "manifest.json").read_bytes() == before
+    assert bundle.write_bundle(folder.parent, "r1", **parts) == str(folder), "a retry finds its own bundle"
+    assert [p.name for p in folder.parent.iterdir()] == ["r1"]
     bundle.check_target(folder.parent, "r2")
     bundle.check_target(folder.parent / "not" / "there" / "yet", "r1")
 

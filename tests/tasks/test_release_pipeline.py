@@ -67,7 +67,9 @@ def _check_lineage(result, own_data):
     expected = {"ingest", "train_autoencoder", "extract_latents", "train_diffusion", "sample-0", "sample-1"}
     assert set(children) == expected | {"evaluate", "publish"}
     spent = {k for c in children.values() for k in c.data.metrics if k.startswith("epsilon.")}
-    assert spent == {f"epsilon.{stage}" for stage in STAGES}
+    assert spent == {f"epsilon.{stage}" for stage in STAGES} <= set(parent.data.metrics)
+    lineage = {d.dataset.name: json.loads(d.dataset.source)["url"] for d in parent.inputs.dataset_inputs}
+    assert lineage == {"private_data": own_data, result.release_id: result.bundle}
     [private] = children["ingest"].inputs.dataset_inputs
     assert json.loads(private.dataset.source)["url"] == own_data
     assert private.dataset.digest == "private" and not json.loads(private.dataset.profile or "{}")
