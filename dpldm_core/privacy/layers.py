@@ -1,0 +1,193 @@
+"""What each supported layer contributes to the gradient of a unit, from its input a and its output's gradient b.
+
+A contribution knows the squared norm of its part of every unit's gradient, and the sum of these parts with a factor for
+each unit. Two kinds suffice. ``Outer``: the part is a sum of outer products over the unit's M rows (records, noise
+draws, tokens, pixels), so its norm comes from M x M Gram matrices or directly, whichever is cheaper, and no per-unit
+gradient is formed. ``Direct``: the per-unit gradient itself, for parameters that are vectors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dpldm_core.errors import UnsupportedLayerError
+
+ROUNDING = 1e-5  # relative to (sum_m |a_m| |b_m|)^2, above float32's error for up to 10^4 terms
+
+
+@dataclass
+class Outer:
+    """A weight [out, in] whose gradient is sum_m b_m (outer) a_m, and a bias [out] whose gradient is sum_m b_m."""
+
+    a: Tensor  # [units, M, in]
+    b: Tensor  # [units, M, out]
+    weight: Tensor
+    bias: Tensor | None
+
+    def squared_norms(self) -> Tensor:
+        """Upper bound on the squared norm of each unit's part, [units].
+
+        Float32 could understate it when a unit's rows cancel; the bound carries that error.
+        """
+        a, b, bias = self.a, self.b, float(self.bias is not None)  # a bias is a weight whose input is always one
+        a_squared = torch.linalg.vector_norm(a, dim=2).square_() + bias
+        b_squared = torch.linalg.vector_norm(b, dim=2).square_()
+        if a.shape[1] == 1:
+            return (a_squared * b_squared)[:, 0] * (1 + ROUNDING)
+        margin = ROUNDING * (a_squared * b_squared).sqrt_().sum(1).square_()
+        if a.shape[1] * (a.shape[2] + b.shape[2]) <= a.shape[2] * b.shape[2]:
+            squared = ((a @ a.transpose(1, 2) + bias) * (b @ b.transpose(1, 2))).sum((1, 2))
+        else:
+            squared = (b.transpose(1, 2) @ a).square_().sum((1, 2)) + bias * b.sum(1).square_().sum(1)
+        return squared.clamp_(min=0) + margin
+
+    def drop(self, keep: Tensor) -> None:
+        """Remove the rows of units that are not kept, bool [units]: 0 times NaN would be NaN."""
+        self.a = torch.where(keep[:, None, None], self.a, 0.0)
+        self.b = torch.where(keep[:, None, None], self.b, 0.0)
+
+    def weighted_sums(self, factors: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """(parameter, sum over units of factor times the unit's part)."""
+        scaled = (self.b * factors[:, None, None]).flatten(0, 1)
+        yield self.weight, (scaled.T @ self.a.flatten(0, 1)).reshape(self.weight.shape)
+        if self.bias is not None:
+            yield self.bias, scaled.sum(0)
+
+
+@dataclass
+class Direct:
+    """The per-unit gradient of a vector of parameters."""
+
+    gradient: Tensor  # [units, size]
+    parameter: Tensor
+
+    def squared_norms(self) -> Tensor:
+        """Squared norm of each unit's part, [units]."""
+        return torch.linalg.vector_norm(self.gradient, dim=1).square_() * (1 + ROUNDING)
+
+    def drop(self, keep: Tensor) -> None:
+        """Remove the parts of units that are not kept, bool [units]."""
+        self.gradient = torch.where(keep[:, None], self.gradient, 0.0)
+
+    def weighted_sums(self, factors: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """(parameter, sum over units of factor times the unit's part)."""
+        yield self.parameter, (factors @ self.gradient).reshape(self.parameter.shape)
+
+
+Contribution = Outer | Direct
+
+
+def contributions(layer: nn.Module, a: Tensor, b: Tensor, units: int) -> list[Contribution]:
+    """The parts of every unit's gradient that belong to the layer's trainable parameters.
+
+    Args:
+        layer: A supported layer.
+        a: Its input; rows of one unit are consecutive in the first axis.
+        b: Gradient of the summed loss with respect to its output.
+        units: Units in the batch.
+    """
+    return _SUPPORTED[type(layer)][1](layer, a, b, units)
+
+
+def check_layer(name: str, layer: nn.Module) -> None:
+    """Refuse layers, and settings of known layers, whose per-unit gradient is not the one computed here.
+
+    Raises:
+        UnsupportedLayerError: Names the layer, says why, and what to use instead.
+    """
+    if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+        reason = "it mixes records; use GroupNorm or LayerNorm"
+    elif type(layer) not in _SUPPORTED:
+        reason = f"use {', '.join(kind.__name__ for kind in _SUPPORTED)} for trainable weights"
+    else:
+        reason = _SUPPORTED[type(layer)][0](layer)
+    if reason:
+        raise UnsupportedLayerError(f"{name or 'the model'} is {type(layer).__name__}: {reason}")
+
+
+def _trainable(parameter: Tensor | None) -> Tensor | None:
+    return parameter if parameter is not None and parameter.requires_grad else None
+
+
+def _linear(layer: nn.Linear, a: Tensor, b: Tensor, units: int) -> list[Contribution]:
+    rows = a.reshape(units, -1, layer.in_features), b.reshape(units, -1, layer.out_features)
+    return [Outer(*rows, layer.weight, _trainable(layer.bias))]
+
+
+def _patches(x: Tensor, layer: nn.Conv2d | nn.ConvTranspose2d) -> Tensor:
+    """Receptive fields of a convolution as a strided view, [n, rows, columns, c, kh, kw]; no F.unfold."""
+    assert not isinstance(layer.padding, str)  # refused by _check_conv
+    (kh, kw), (sh, sw), (ph, pw) = layer.kernel_size, layer.stride, layer.padding
+    return F.pad(x, (pw, pw, ph, ph)).unfold(2, kh, sh).unfold(3, kw, sw).permute(0, 2, 3, 1, 4, 5)
+
+
+def _conv(layer: nn.Conv2d, a: Tensor, b: Tensor, units: int) -> list[Contribution]:
+    """Every output pixel is one row: its receptive field and its gradient."""
+    fields = _patches(a, layer).reshape(units, -1, layer.weight[0].numel())
+    gradients = b.permute(0, 2, 3, 1).reshape(units, -1, layer.out_channels)
+    return [Outer(fields, gradients, layer.weight, _trainable(layer.bias))]
+
+
+def _conv_transpose(layer: nn.ConvTranspose2d, a: Tensor, b: Tensor, units: int) -> list[Contribution]:
+    """The adjoint: every input pixel is one row, with the gradients of the output pixels that it reaches."""
+    reached = _patches(b, layer)[:, : a.shape[2], : a.shape[3]].reshape(units, -1, layer.weight[0].numel())
+    pixels = a.permute(0, 2, 3, 1).reshape(units, -1, layer.in_channels)
+    found: list[Contribution] = [Outer(reached, pixels, layer.weight, None)]
+    if (bias := _trainable(layer.bias)) is not None:
+        found.append(Direct(b.sum((2, 3)).reshape(units, -1, layer.out_channels).sum(1), bias))
+    return found
+
+
+def _embedding(layer: nn.Embedding, a: Tensor, b: Tensor, units: int) -> list[Contribution]:
+    """The weight is [num, dim]: the one-hot index plays b, the output's gradient plays a."""
+    one_hot = F.one_hot(a.reshape(units, -1), layer.num_embeddings).to(b.dtype)
+    return [Outer(b.reshape(units, -1, layer.embedding_dim), one_hot, layer.weight, None)]
+
+
+def _layer_norm(layer: nn.LayerNorm, a: Tensor, b: Tensor, units: int) -> list[Contribution]:
+    return _affine(layer, F.layer_norm(a, layer.normalized_shape, eps=layer.eps), b, units, layer.weight.numel())
+
+
+def _group_norm(layer: nn.GroupNorm, a: Tensor, b: Tensor, units: int) -> list[Contribution]:
+    normed = F.group_norm(a, layer.num_groups, eps=layer.eps)
+    return _affine(layer, normed.movedim(1, -1), b.movedim(1, -1), units, layer.num_channels)
+
+
+def _affine(layer: nn.LayerNorm | nn.GroupNorm, normed: Tensor, b: Tensor, units: int, size: int) -> list[Contribution]:
+    """Y = weight x + bias on the last axes: gradients are sums over all other positions of the unit."""
+    x, rows = normed.reshape(units, -1, size), b.reshape(units, -1, size)
+    parts = ((x * rows).sum(1), _trainable(layer.weight)), (rows.sum(1), _trainable(layer.bias))
+    return [Direct(gradient, parameter) for gradient, parameter in parts if parameter is not None]
+
+
+def _check_conv(layer: nn.Conv2d | nn.ConvTranspose2d) -> str:
+    plain = layer.groups == 1 and layer.dilation == (1, 1) and layer.padding_mode == "zeros"
+    return (
+        ""
+        if plain and not isinstance(layer.padding, str)
+        else "only groups=1, dilation=1 and numeric zero padding are bounded"
+    )
+
+
+def _check_embedding(layer: nn.Embedding) -> str:
+    changed = layer.max_norm is not None or layer.scale_grad_by_freq or layer.padding_idx is not None or layer.sparse
+    return "max_norm, padding_idx, sparse and scale_grad_by_freq change gradients across records" if changed else ""
+
+
+def _always(layer: nn.Module) -> str:
+    return ""
+
+
+_SUPPORTED: dict[type[nn.Module], tuple[Callable[..., str], Callable[..., list[Contribution]]]] = {
+    nn.Linear: (_always, _linear),
+    nn.Conv2d: (_check_conv, _conv),
+    nn.ConvTranspose2d: (_check_conv, _conv_transpose),
+    nn.GroupNorm: (_always, _group_norm),
+    nn.LayerNorm: (_always, _layer_norm),
+    nn.Embedding: (_check_embedding, _embedding),
+}
