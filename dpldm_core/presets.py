@@ -68,7 +68,12 @@ def _quick(num_records: int) -> dict[str, Any]:
             "num_shards": 2,
         },
         "evaluation": {"num_epochs": 4, "num_seeds": 1, "max_frechet_images": 5_000},
-        "performance": {"physical_batch_size": 512, "checkpoint_every": 50},
+        "performance": {
+            "physical_batch_size": 512,
+            "clip_backend": "book_keeping",
+            "matmul_precision": "float32",
+            "checkpoint_every": 50,
+        },
     }
 
 

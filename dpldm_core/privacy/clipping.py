@@ -15,9 +15,21 @@ import torch
 from torch import Tensor, nn
 
 from dpldm_core.errors import UnsupportedLayerError
-from dpldm_core.privacy.layers import Contribution, check_layer, contributions
+from dpldm_core.privacy.layers import PRODUCT_ERROR, Contribution, check_layer, contributions
 
 LossFn = Callable[[], Tensor]
+_PRECISION = {"float32": "highest", "bfloat16": "medium"}  # torch's names
+
+
+@contextmanager
+def _matmul_precision(name: str) -> Iterator[None]:
+    """Products of the given precision inside, whatever the process uses outside."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(name)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 class BookKeeping:
@@ -27,13 +39,16 @@ class BookKeeping:
         model: Every parameter with ``requires_grad`` must belong to a layer of layers.py, each called once per forward
             pass; rows of one unit are consecutive in the first axis.
         max_norm: L2 clip norm C over all parameters of the model together.
+        matmul_precision: Of the products in forward pass, gradient and sum. Norms are taken in float32 and widened by
+            the rounding of the sum's products, so the clip holds for what is summed.
 
     Raises:
         UnsupportedLayerError: A layer whose per-unit gradient cannot be bounded, or a shared parameter.
     """
 
-    def __init__(self, model: nn.Module, *, max_norm: float) -> None:
+    def __init__(self, model: nn.Module, *, max_norm: float, matmul_precision: str = "float32") -> None:
         self.max_norm = max_norm
+        self._products, self._product_error = _PRECISION[matmul_precision], PRODUCT_ERROR[matmul_precision]
         self.parameters: list[nn.Parameter] = []
         self._layers: dict[str, nn.Module] = {}
         for name, layer in model.named_modules():
@@ -106,18 +121,16 @@ class BookKeeping:
         Raises:
             UnsupportedLayerError: The forward pass does something that cannot be bounded.
         """
-        if torch.get_float32_matmul_precision() != "highest":
-            raise UnsupportedLayerError(
-                "float32 products of low precision move the sensitivity further than is charged; call "
-                "torch.set_float32_matmul_precision('highest')"
-            )
         units = mask.shape[0]
-        parts = self._contributions(loss_fn, units)
-        norms = torch.stack([part.squared_norms() for part in parts]).sum(0).sqrt()
+        with _matmul_precision(self._products):
+            parts = self._contributions(loss_fn, units)
+        with _matmul_precision("highest"):
+            norms = torch.stack([part.squared_norms(self._product_error) for part in parts]).sum(0).sqrt()
         usable = mask & torch.isfinite(norms)
         factors = torch.where(usable, (self.max_norm / norms).clamp(max=1.0), 0.0)
         if not bool(torch.isfinite(norms).all()):
             for part in parts:
                 part.drop(usable)
-        sums = {id(parameter): total for part in parts for parameter, total in part.weighted_sums(factors)}
+        with _matmul_precision(self._products):
+            sums = {id(parameter): total for part in parts for parameter, total in part.weighted_sums(factors)}
         return [sums[id(p)] for p in self.parameters]

@@ -13,10 +13,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from dpldm_core.errors import UnsupportedLayerError
 from dpldm_core.privacy.clipping import BookKeeping
+from dpldm_core.privacy.opacus_backend import OpacusClipping
 from dpldm_core.privacy.plan import DpSgdPlan
 from dpldm_core.rng import SecretKey
 
@@ -34,6 +36,11 @@ class DpSgdEngine:
         loss: ``loss(model, batch) -> [units]``, one loss per unit, without any mixing of units.
         probe: A batch of made-up units of the right shapes, on which the clip is checked before private data is read.
         physical_batch_size: Units per forward pass; cannot change the result beyond float rounding.
+        clip_backend: ``book_keeping``, or ``opacus`` (slower; same sums).
+        matmul_precision: Of matrix products; ``bfloat16`` clips as much tighter as its rounding needs.
+
+    Several processes (torch.distributed) share the units of each batch; every one of them holds the key, so all add the
+    same noise, once, to the sum over all processes, and stay in step.
 
     Raises:
         UnsupportedLayerError: The model or the loss does something whose sensitivity is not C.
@@ -48,6 +55,8 @@ class DpSgdEngine:
         loss: BatchLoss,
         probe: Batch,
         physical_batch_size: int,
+        clip_backend: str = "book_keeping",
+        matmul_precision: str = "float32",
     ) -> None:
         self.plan = plan
         self._model = model
@@ -55,7 +64,11 @@ class DpSgdEngine:
         self._physical = physical_batch_size
         self._sampling_key, self._noise = key.derive("poisson"), plan.noise(key.derive("noise"))
         check_bounded(model, loss, probe)
-        self._book = BookKeeping(model, max_norm=plan.max_grad_norm)
+        self._clip: BookKeeping | OpacusClipping
+        if clip_backend == "opacus":
+            self._clip = OpacusClipping(model, max_norm=plan.max_grad_norm, matmul_precision=matmul_precision)
+        else:
+            self._clip = BookKeeping(model, max_norm=plan.max_grad_norm, matmul_precision=matmul_precision)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="dp-noise")
         self._last_step = -1
         self._ahead: tuple[int, Future[np.ndarray]] | None = None
@@ -81,19 +94,20 @@ class DpSgdEngine:
             raise ValueError(f"step={step} was taken before: equal noise on two gradients would cancel")
         noise = self._take_noise(step)
         indices = self.batch_indices(step, num_units)
-        total = np.zeros(self._book.num_parameters)
-        for chunk in np.array_split(indices, math.ceil(len(indices) / self._physical)):
+        total = np.zeros(self._clip.num_parameters)
+        shared = _share_of_this_process(indices)
+        for chunk in np.array_split(shared, math.ceil(len(shared) / self._physical)):
             chosen = torch.from_numpy(chunk)
             batch = fetch(chosen.clamp(min=0))
             mask = (chosen >= 0).to(next(iter(batch.values())).device)
-            sums = self._book.clipped_sum(lambda batch=batch: self._loss(self._model, batch), mask)  # type: ignore[misc]
+            sums = self._clip.clipped_sum(lambda batch=batch: self._loss(self._model, batch), mask)  # type: ignore[misc]
             total += torch.cat([s.flatten() for s in sums]).cpu().numpy()
-        self._set_gradients(self._noise.add(total, noise.result()))
+        self._set_gradients(self._noise.add(_sum_over_processes(total), noise.result()))
         self._last_step = step
 
     def _take_noise(self, step: int) -> Future[np.ndarray]:
         """The noise of this step; that of the next is drawn meanwhile on an idle thread."""
-        size = self._book.num_parameters
+        size = self._clip.num_parameters
         current = (
             self._ahead[1]
             if self._ahead and self._ahead[0] == step
@@ -106,17 +120,34 @@ class DpSgdEngine:
         scale = 1.0 / (self.plan.noise_multiplier * self.plan.max_grad_norm)
         flat = torch.from_numpy(noisy_sum * scale)
         offset = 0
-        for parameter in self._book.parameters:
+        for parameter in self._clip.parameters:
             part = flat[offset : offset + parameter.numel()]
             parameter.grad = part.reshape(parameter.shape).to(parameter.device, parameter.dtype)
             offset += parameter.numel()
+
+
+def _share_of_this_process(indices: np.ndarray) -> np.ndarray:
+    """Every n-th row of the batch, where n processes work together."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return indices
+    return indices[dist.get_rank() :: dist.get_world_size()]
+
+
+def _sum_over_processes(total: np.ndarray) -> np.ndarray:
+    if not (dist.is_available() and dist.is_initialized()):
+        return total
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    tensor = torch.from_numpy(total).to(device)
+    dist.all_reduce(tensor)
+    return tensor.cpu().numpy()
 
 
 def check_bounded(model: nn.Module, loss: BatchLoss, probe: Batch, *, tolerance: float = 1e-3) -> None:
     """Check on made-up units that every unit's clipped gradient is its own.
 
     The clipped sum of the probe must equal the sum of clipped gradients that plain autograd finds for each unit alone.
-    That fails for batch statistics, functional use of a weight, losses that mix units: everything hooks cannot see.
+    That fails for batch statistics, functional use of a weight, losses that mix units: everything hooks cannot see. A
+    buffer that a forward pass changes is refused too: it would hold private values without noise.
     The check runs on a copy with random weights, since freshly initialised zero layers would hide a fault.
 
     Args:
@@ -135,7 +166,7 @@ def check_bounded(model: nn.Module, loss: BatchLoss, probe: Batch, *, tolerance:
             if p.requires_grad:
                 fan_in = p[0].numel() if p.ndim > 1 else p.numel()
                 p.copy_(torch.randn(p.shape, generator=generator) / math.sqrt(fan_in))
-    book = BookKeeping(twin, max_norm=1.0)
+    book, buffers = BookKeeping(twin, max_norm=1.0), {name: b.clone() for name, b in twin.named_buffers()}
     units = next(iter(probe.values())).shape[0]
     alone = []
     for i in range(units):
@@ -156,6 +187,8 @@ def check_bounded(model: nn.Module, loss: BatchLoss, probe: Batch, *, tolerance:
     ).sum(0)
     sums = book.clipped_sum(lambda: loss(twin, probe), torch.ones(units, dtype=torch.bool, device=expected.device))
     got = torch.cat([s.flatten() for s in sums])
+    if changed := [name for name, b in twin.named_buffers() if not torch.equal(b, buffers[name])]:
+        raise UnsupportedLayerError(f"a forward pass changes the buffers {changed}: they would hold private values")
     if not bool(torch.isfinite(got).all()) or float((got - expected).norm()) > tolerance * units * book.max_norm:
         raise UnsupportedLayerError(
             "the clipped gradient of a batch is not the sum of its units' own clipped gradients: a layer or the loss "

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from dpldm_core.errors import UnsupportedLayerError
 
 ROUNDING = 1e-5  # relative to (sum_m |a_m| |b_m|)^2, above float32's error for up to 10^4 terms
+# Relative to sum_m |a_m| |b_m|: bfloat16 rounds each factor of a product by at most 2^-8. Float32's is in ROUNDING.
+PRODUCT_ERROR = {"float32": 0.0, "bfloat16": (1 + 2.0**-8) ** 2 - 1}
 
 
 @dataclass
@@ -29,22 +31,26 @@ class Outer:
     weight: Tensor
     bias: Tensor | None
 
-    def squared_norms(self) -> Tensor:
-        """Upper bound on the squared norm of each unit's part, [units].
+    def squared_norms(self, product_error: float) -> Tensor:
+        """Upper bound on the squared norm of each unit's part as the sum will see it, [units].
 
-        Float32 could understate it when a unit's rows cancel; the bound carries that error.
+        When a unit's rows cancel, rounding is large beside what is left of them; the bound carries that error.
+
+        Args:
+            product_error: Relative error of the products in :meth:`weighted_sums`, from PRODUCT_ERROR.
         """
         a, b, bias = self.a, self.b, float(self.bias is not None)  # a bias is a weight whose input is always one
         a_squared = torch.linalg.vector_norm(a, dim=2).square_() + bias
         b_squared = torch.linalg.vector_norm(b, dim=2).square_()
         if a.shape[1] == 1:
-            return (a_squared * b_squared)[:, 0] * (1 + ROUNDING)
-        margin = ROUNDING * (a_squared * b_squared).sqrt_().sum(1).square_()
+            return (a_squared * b_squared)[:, 0] * ((1 + ROUNDING) * (1 + product_error) ** 2)
+        before_cancelling = (a_squared * b_squared).sqrt_().sum(1)
         if a.shape[1] * (a.shape[2] + b.shape[2]) <= a.shape[2] * b.shape[2]:
             squared = ((a @ a.transpose(1, 2) + bias) * (b @ b.transpose(1, 2))).sum((1, 2))
         else:
             squared = (b.transpose(1, 2) @ a).square_().sum((1, 2)) + bias * b.sum(1).square_().sum(1)
-        return squared.clamp_(min=0) + margin
+        squared = squared.clamp_(min=0) + ROUNDING * before_cancelling.square()
+        return (squared.sqrt_() + product_error * before_cancelling).square_() if product_error else squared
 
     def drop(self, keep: Tensor) -> None:
         """Remove the rows of units that are not kept, bool [units]: 0 times NaN would be NaN."""
@@ -66,9 +72,10 @@ class Direct:
     gradient: Tensor  # [units, size]
     parameter: Tensor
 
-    def squared_norms(self) -> Tensor:
-        """Squared norm of each unit's part, [units]."""
-        return torch.linalg.vector_norm(self.gradient, dim=1).square_() * (1 + ROUNDING)
+    def squared_norms(self, product_error: float) -> Tensor:
+        """Upper bound on the squared norm of each unit's part, [units]; see :meth:`Outer.squared_norms`."""
+        squared = torch.linalg.vector_norm(self.gradient, dim=1).square_()
+        return squared * ((1 + ROUNDING) * (1 + product_error) ** 2)
 
     def drop(self, keep: Tensor) -> None:
         """Remove the parts of units that are not kept, bool [units]."""

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from dpldm_core.config import PerformanceConfig
 from dpldm_core.models.ema import Ema
 from dpldm_core.privacy.engine import Batch, BatchLoss, DpSgdEngine
 from dpldm_core.privacy.plan import DpSgdPlan
@@ -31,10 +32,9 @@ def train_private(
     num_classes: int,
     learning_rate: float,
     ema_decay: float,
-    physical_batch_size: int,
+    performance: PerformanceConfig,
     binding: str,
     checkpoint: Path | None = None,
-    checkpoint_every: int = 100,
     on_checkpoint: Callable[[], None] | None = None,
     on_step: OnStep | None = None,
 ) -> nn.Module:
@@ -52,10 +52,9 @@ def train_private(
         num_classes: Public number of classes.
         learning_rate: Of Adam; gradients arrive with noise of unit variance.
         ema_decay: Of the average over steps.
-        physical_batch_size: Units per forward pass; cannot change the guarantee.
+        performance: What cannot change the guarantee.
         binding: Digest of plan, data and code; a checkpoint with another one is refused.
         checkpoint: Folder to resume from and save to.
-        checkpoint_every: Steps between two saves.
         on_checkpoint: Called after each save.
         on_step: Called with (steps done, num_steps): public.
 
@@ -70,7 +69,16 @@ def train_private(
     draws_key = key.derive("draws")
     made_up = units.probe(num_classes, generator=torch.Generator().manual_seed(0))  # nothing private
     probe = draw(made_up, np.random.default_rng(0))
-    engine = DpSgdEngine(model, plan, key, loss=loss, probe=probe, physical_batch_size=physical_batch_size)
+    engine = DpSgdEngine(
+        model,
+        plan,
+        key,
+        loss=loss,
+        probe=probe,
+        physical_batch_size=performance.physical_batch_size,
+        clip_backend=performance.clip_backend,
+        matmul_precision=performance.matmul_precision,
+    )
     model.train()
     while state.step < plan.num_steps:
         generator = draws_key.generator(state.step)
@@ -80,7 +88,7 @@ def train_private(
         optimizer.step()
         state.ema.update(model, state.step)
         state.step += 1
-        if checkpoint is not None and state.step % checkpoint_every == 0 and state.step < plan.num_steps:
+        if checkpoint is not None and state.step % performance.checkpoint_every == 0 and state.step < plan.num_steps:
             state.save(checkpoint)
             if on_checkpoint:
                 on_checkpoint()

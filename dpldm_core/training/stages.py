@@ -65,8 +65,7 @@ class Run:
         """Arguments of the shared training loop."""
         return {
             "num_classes": num_classes,
-            "physical_batch_size": config.performance.physical_batch_size,
-            "checkpoint_every": config.performance.checkpoint_every,
+            "performance": config.performance,
             "binding": self.binding,
             "checkpoint": self.checkpoint,
             "on_checkpoint": self.on_checkpoint,

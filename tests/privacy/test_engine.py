@@ -1,14 +1,21 @@
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy import stats
 from torch import nn
 
 from dpldm_core.errors import UnsupportedLayerError
 from dpldm_core.privacy.engine import DpSgdEngine, check_bounded
+from dpldm_core.privacy.layers import PRODUCT_ERROR, Outer
 from dpldm_core.privacy.noise import GRID, SENSITIVITY_SLACK
+from dpldm_core.privacy.opacus_backend import OpacusClipping
 from dpldm_core.privacy.plan import DpSgdPlan
 from dpldm_core.rng import SecretKey
 
@@ -42,7 +49,7 @@ def no_gradient(model, batch):
     return 0.0 * model(batch["x"]).sum(1)
 
 
-def make_engine(model=None, plan=None, key=KEY, *, loss=loss, physical_batch_size=7):
+def make_engine(model=None, plan=None, key=KEY, *, loss=loss, physical_batch_size=7, **options):
     return DpSgdEngine(
         model or make_model(),
         plan or make_plan(),
@@ -50,6 +57,7 @@ def make_engine(model=None, plan=None, key=KEY, *, loss=loss, physical_batch_siz
         loss=loss,
         probe={"x": torch.randn(4, DIM)},
         physical_batch_size=physical_batch_size,
+        **options,
     )
 
 
@@ -316,11 +324,155 @@ def test_the_check_leaves_the_model_alone():
     assert not model[0]._forward_hooks
 
 
-@pytest.mark.parametrize("precision", ["high", "medium"])
-def test_products_of_low_precision_are_refused(precision):
-    torch.set_float32_matmul_precision(precision)
+@pytest.mark.parametrize("outside", ["high", "medium"])
+def test_what_the_process_uses_outside_does_not_reach_the_clip(outside):
+    """TF32 or bfloat16 products break the 0.1 % that is charged for rounding in float32."""
+    seen = []
+
+    def spying_loss(model, batch):
+        seen.append(torch.get_float32_matmul_precision())
+        return loss(model, batch)
+
+    torch.set_float32_matmul_precision(outside)
     try:
-        with pytest.raises(UnsupportedLayerError):
-            make_engine()
+        make_engine(loss=spying_loss).noisy_step(0, 30, lambda i: {"x": private_data()[i]})
+        assert set(seen[len(seen) // 2 :]) == {"highest"} and torch.get_float32_matmul_precision() == outside
     finally:
         torch.set_float32_matmul_precision("highest")
+
+
+def in_bfloat16(part, factors):
+    """The clipped sum as a bfloat16 product makes it: both factors are rounded, sums are kept in float32."""
+    scaled = (part.b * factors[:, None, None]).bfloat16().float().flatten(0, 1)
+    return scaled.T @ part.a.bfloat16().float().flatten(0, 1)
+
+
+@given(st.integers(0, 2**32), st.integers(1, 12), st.floats(0, 1))
+@settings(max_examples=200, deadline=None)
+def test_no_unit_in_bfloat16_exceeds_the_clip(seed, rows, left):
+    """Also where the rows of a unit cancel nearly or wholly, and rounding is all that is left of them."""
+    g = torch.Generator().manual_seed(seed)
+    a, b = torch.randn(1, rows, 7, generator=g), torch.randn(1, rows, 5, generator=g)
+    a, b = torch.cat([a, a], 1), torch.cat([b, -b * (1 + left * 1e-3 * torch.randn(b.shape, generator=g))], 1)
+    part = Outer(a * 1e3, b, nn.Parameter(torch.zeros(5, 7)), None)
+    factors = (1.0 / part.squared_norms(PRODUCT_ERROR["bfloat16"]).sqrt()).clamp(max=1.0)
+    assert float(in_bfloat16(part, factors).norm()) <= 1.0
+
+
+def test_bfloat16_products_pass_the_bound_of_float32():
+    """The negative control: rows that cancel, rounded away from each other."""
+    half = 2.0**-8  # between the bfloat16 neighbours 1 and 1 + 2^-7
+    a = torch.tensor([1 + half - 1e-4, 1 + half + 1e-4])[None, :, None]
+    part = Outer(a, a * torch.tensor([1.0, -1.0])[:, None], nn.Parameter(torch.zeros(1, 1)), None)
+    rounded = float(in_bfloat16(part, torch.ones(1)).norm())
+    bounds = {precision: float(part.squared_norms(error).sqrt()) for precision, error in PRODUCT_ERROR.items()}
+    assert bounds["float32"] < rounded <= bounds["bfloat16"]
+
+
+def test_bfloat16_clips_a_single_row_by_its_rounding_alone():
+    part = Outer(torch.full((1, 1, 3), 3.0), torch.full((1, 1, 2), 5.0), nn.Parameter(torch.zeros(2, 3)), None)
+    ratio = float((part.squared_norms(PRODUCT_ERROR["bfloat16"]) / part.squared_norms(0.0)).sqrt())
+    assert ratio == pytest.approx((1 + 2.0**-8) ** 2, abs=1e-6)
+
+
+def test_a_step_in_bfloat16_is_that_of_float32_up_to_its_rounding():
+    sums = []
+    for precision in ("float32", "bfloat16"):
+        model = make_model()
+        make_engine(model, matmul_precision=precision).noisy_step(0, 30, lambda i: {"x": private_data()[i]})
+        sums.append(noisy_sum(model))
+    assert float((sums[0] - sums[1]).norm()) < 0.02 * 30 * C
+
+
+class Denoise(nn.Module):
+    """Linear with draws on a middle axis, LayerNorm and Embedding."""
+
+    def __init__(self):
+        super().__init__()
+        self.label, self.inner = nn.Embedding(3, 4), nn.Linear(DIM, 4)
+        self.norm, self.out = nn.LayerNorm(4), nn.Linear(4, DIM)
+
+    def forward(self, x, labels):
+        return self.out(self.norm(self.inner(x) + self.label(labels)[:, None]))
+
+
+def convolutional():
+    return nn.Sequential(
+        nn.Conv2d(2, 4, 3, stride=2, padding=1), nn.GroupNorm(2, 4), nn.Tanh(), nn.ConvTranspose2d(4, 1, 2, stride=2)
+    )
+
+
+def several_kinds():
+    """(model, loss, private data) with every supported layer between them."""
+    g = torch.Generator().manual_seed(2)
+    draws, labels = torch.randn(30, 3, DIM, generator=g), torch.randint(0, 3, (30,), generator=g)
+    images = torch.randn(30, 2, 8, 8, generator=g)
+    torch.manual_seed(1)
+    return {
+        "denoiser": (
+            Denoise(),
+            lambda m, b: 50 * (m(b["x"], b["y"]) - 1).square().mean((1, 2)),
+            {"x": draws, "y": labels},
+        ),
+        "convolutional": (convolutional(), lambda m, b: 50 * m(b["x"]).square().mean((1, 2, 3)), {"x": images}),
+    }
+
+
+@pytest.mark.filterwarnings("ignore")  # opacus and torch warn of hooks
+@pytest.mark.parametrize("kind", ["denoiser", "convolutional"])
+def test_opacus_as_backend_gives_the_same_noisy_step(kind):
+    steps = []
+    for backend in ("book_keeping", "opacus"):
+        model, its_loss, data = several_kinds()[kind]
+        engine = DpSgdEngine(
+            model,
+            make_plan(),
+            KEY,
+            loss=its_loss,
+            probe={k: v[:4] for k, v in data.items()},
+            physical_batch_size=7,
+            clip_backend=backend,
+        )
+        engine.noisy_step(0, 30, lambda i, data=data: {k: v[i] for k, v in data.items()})
+        steps.append(noisy_sum(model))
+    assert float((steps[0] - steps[1]).abs().max()) < 1e-3 * C
+    assert float(steps[0].norm()) > C
+
+
+def test_opacus_as_backend_refuses_a_loss_that_broadcasts_and_low_precision():
+    with pytest.raises(UnsupportedLayerError, match="shape"):
+        OpacusClipping(make_model(), max_norm=C).clipped_sum(lambda: torch.zeros(4, 1), torch.ones(4, dtype=torch.bool))
+    with pytest.raises(UnsupportedLayerError, match="book_keeping"):
+        OpacusClipping(make_model(), max_norm=C, matmul_precision="bfloat16")
+
+
+ONE_PROCESS = """
+import sys
+import torch
+import torch.distributed as dist
+sys.path[:0] = [{root!r}, {root!r} + "/tests/privacy"]
+from test_engine import make_engine, make_model, noisy_sum, no_gradient, private_data, loss
+rank, folder = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group("gloo", init_method=f"file://{{folder}}/meet", rank=rank, world_size=2)
+for name, chosen in (("sum", loss), ("noise", no_gradient)):
+    model = make_model()
+    make_engine(model, loss=chosen).noisy_step(0, 30, lambda i: {{"x": private_data()[i]}})
+    torch.save(noisy_sum(model), f"{{folder}}/{{name}}{{rank}}.pt")
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+def test_two_processes_make_the_step_of_one_with_the_noise_added_once(tmp_path):
+    """Averaging noise over workers would leave sigma / sqrt(2), adding it sqrt(2) sigma; here all hold the same."""
+    script = tmp_path / "worker.py"
+    script.write_text(ONE_PROCESS.format(root=str(Path(__file__).parents[2])))
+    command = [sys.executable, str(script)]
+    workers = [subprocess.Popen([*command, str(rank), str(tmp_path)]) for rank in (0, 1)]
+    assert [w.wait(120) for w in workers] == [0, 0]
+    for name, chosen in (("sum", loss), ("noise", no_gradient)):
+        alone = make_model()
+        make_engine(alone, loss=chosen).noisy_step(0, 30, lambda i: {"x": private_data()[i]})
+        both = [torch.load(tmp_path / f"{name}{rank}.pt", weights_only=True) for rank in (0, 1)]
+        assert torch.equal(both[0], both[1]), "processes must stay in step"
+        assert torch.allclose(both[0], noisy_sum(alone), atol=1e-5 * C)

@@ -8,6 +8,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from dpldm_core.config import PerformanceConfig
 from dpldm_core.errors import CheckpointError
 from dpldm_core.models.ema import Ema
 from dpldm_core.privacy.engine import DpSgdEngine
@@ -59,6 +60,18 @@ def units(n=20, seed=3):
     return Units(values, torch.zeros(n, dtype=torch.int64), torch.arange(n)[:, None])
 
 
+PERFORMANCE = {
+    "physical_batch_size": 8,
+    "clip_backend": "book_keeping",
+    "matmul_precision": "float32",
+    "checkpoint_every": 1,
+}
+
+
+def performance(**changes):
+    return PerformanceConfig(**PERFORMANCE | changes)
+
+
 def train(data=None, *, key=KEY, plan=PLAN, **options):
     torch.manual_seed(11)
     arguments = {
@@ -67,9 +80,8 @@ def train(data=None, *, key=KEY, plan=PLAN, **options):
         "num_classes": 1,
         "learning_rate": 0.01,
         "ema_decay": 0.8,
-        "physical_batch_size": 8,
+        "performance": performance(**{k: options.pop(k) for k in PERFORMANCE if k in options}),
         "binding": "b1",
-        "checkpoint_every": 1,
     }
     return train_private(Net(), data or units(), plan, key, **arguments | options)
 
