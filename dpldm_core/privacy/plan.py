@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from fractions import Fraction
 from typing import Annotated, Literal
 
 import numpy as np
@@ -19,6 +20,7 @@ from scipy.special import rel_entr
 from dpldm_core.errors import AccountingError, ConfigError, DataError
 from dpldm_core.privacy import accounting
 from dpldm_core.privacy.accounting import DpEvent, NeighboringRelation
+from dpldm_core.privacy.discrete import MAX_BINS, SMOOTHING_VARIANCE, DiscreteGaussianNoise
 from dpldm_core.privacy.noise import GaussianNoise
 from dpldm_core.rng import SecretKey
 
@@ -85,7 +87,7 @@ class DpSgdPlan(_Frozen):
 
 
 class GaussianSumPlan(_Frozen):
-    """One noisy sum of clipped vectors: means, counts and second moments come from it."""
+    """One noisy sum of clipped vectors: sums, means, second moments and principal axes come from it."""
 
     kind: Literal["gaussian_sum"] = "gaussian_sum"
     stage: str
@@ -99,6 +101,34 @@ class GaussianSumPlan(_Frozen):
     def noise(self, key: SecretKey) -> GaussianNoise:
         """The noise that the event charges for."""
         return GaussianNoise(key, noise_multiplier=self.noise_multiplier, max_norm=self.max_norm)
+
+
+class HistogramPlan(_Frozen):
+    """Counts of records in bins with exact discrete Gaussian noise (Canonne, Kamath and Steinke 2020).
+
+    A unit adds at most ``max_records_per_unit`` to all counts together, so it moves them by no more than that in L2.
+    """
+
+    kind: Literal["discrete_histogram"] = "discrete_histogram"
+    stage: str
+    num_bins: int = Field(ge=1, le=MAX_BINS, description="public number of bins")
+    max_records_per_unit: int = Field(ge=1, description="most records of one unit that are counted: the L2 sensitivity")
+    noise_multiplier: float = Field(
+        gt=0, description="noise standard deviation over max_records_per_unit, as charged; the noise drawn is larger"
+    )
+
+    @property
+    def variance(self) -> Fraction:
+        """Variance of the discrete Gaussian that is drawn: the charged one and what smoothing takes, exactly."""
+        return (Fraction(self.noise_multiplier) * self.max_records_per_unit) ** 2 + SMOOTHING_VARIANCE
+
+    def event(self) -> DpEvent:
+        """What the counts release: no more than one Gaussian (docs/decisions/0009)."""
+        return accounting.gaussian_event(self.noise_multiplier)
+
+    def noise(self, key: SecretKey) -> DiscreteGaussianNoise:
+        """The noise that the event charges for."""
+        return DiscreteGaussianNoise(key, variance=self.variance)
 
 
 class GaussianRecordPlan(_Frozen):
@@ -146,7 +176,9 @@ class LabelPlan(_Frozen):
         return np.where(replace, uniform, np.clip(labels, 0, self.num_classes - 1))
 
 
-MechanismPlan = Annotated[DpSgdPlan | GaussianSumPlan | GaussianRecordPlan | LabelPlan, Field(discriminator="kind")]
+MechanismPlan = Annotated[
+    DpSgdPlan | GaussianSumPlan | HistogramPlan | GaussianRecordPlan | LabelPlan, Field(discriminator="kind")
+]
 
 
 class ReleasePlan(_Frozen):

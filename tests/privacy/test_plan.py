@@ -15,6 +15,7 @@ from dpldm_core.privacy.plan import (
     DpSgdPlan,
     GaussianRecordPlan,
     GaussianSumPlan,
+    HistogramPlan,
     LabelPlan,
     ReleasePlan,
     check_expected_batch,
@@ -33,6 +34,7 @@ FIELDS = {
         "truncation_probability": 1e-12,
     },
     GaussianSumPlan: {"stage": "s", "max_norm": 1.0, "noise_multiplier": 2.0},
+    HistogramPlan: {"stage": "s", "num_bins": 3, "max_records_per_unit": 2, "noise_multiplier": 2.0},
     GaussianRecordPlan: {"stage": "s", "max_norm": 3.0, "noise_multiplier": 2.0},
     LabelPlan: {"stage": "s", "num_classes": 4, "labels_per_unit": 1, "noise_parameter": 0.4},
 }
@@ -73,7 +75,8 @@ def test_plans_are_frozen_and_closed(cls):
 @pytest.mark.parametrize(
     ("cls", "field", "bad"),
     [(c, f, b) for c, f in ALL if f != "stage" for b in (0, -1, math.nan, math.inf)]
-    + [(DpSgdPlan, "sample_rate", 1.01), (DpSgdPlan, "truncation_probability", 1e-8), (LabelPlan, "num_classes", 1)],
+    + [(DpSgdPlan, "sample_rate", 1.01), (DpSgdPlan, "truncation_probability", 1e-8), (LabelPlan, "num_classes", 1)]
+    + [(HistogramPlan, "num_bins", 1001), (HistogramPlan, "max_records_per_unit", 1.5)],
 )
 def test_values_out_of_range_are_refused(cls, field, bad):
     with pytest.raises(ValidationError, match=field):
