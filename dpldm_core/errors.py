@@ -34,6 +34,10 @@ class AccountingError(DpldmError):
     """Two accountants disagree, or an event is unknown to them."""
 
 
+class AuditError(DpldmError):
+    """A mechanism does on neighbouring data sets what it should not: its claim is wrong."""
+
+
 class BundleError(DpldmError):
     """A release bundle cannot be written, or does not verify."""
 

@@ -13,7 +13,7 @@ from dpldm_core.models.autoencoder import Autoencoder
 from dpldm_core.privacy.engine import Batch
 from dpldm_core.privacy.plan import DpSgdPlan
 from dpldm_core.rng import SecretKey
-from dpldm_core.training.private import train_private
+from dpldm_core.training.private import TrainLoop, train_private
 from dpldm_core.training.units import Units
 
 _LEARNING_RATE = 6e-3
@@ -75,7 +75,14 @@ def pretrain_on_procedural(model: Autoencoder, config: AutoencoderConfig, *, see
 
 
 def train_autoencoder(
-    model: Autoencoder, units: Units, plan: DpSgdPlan, key: SecretKey, config: AutoencoderConfig, **loop: Any
+    model: Autoencoder,
+    units: Units,
+    plan: DpSgdPlan,
+    key: SecretKey,
+    config: AutoencoderConfig,
+    *,
+    train: TrainLoop = train_private,
+    **loop: Any,
 ) -> Autoencoder:
     """DP-SGD on private images.
 
@@ -85,12 +92,13 @@ def train_autoencoder(
         plan: What is charged.
         key: Secret key of this stage.
         config: Learning rate and averaging.
+        train: The loop: :func:`train_private`, or one that adds canaries to it.
         loop: Further arguments of :func:`train_private`.
 
     Returns:
         The averaged autoencoder.
     """
-    return train_private(  # type: ignore[return-value]
+    return train(  # type: ignore[return-value]
         model,
         units,
         plan,

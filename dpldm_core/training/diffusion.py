@@ -20,7 +20,7 @@ from dpldm_core.privacy.engine import Batch
 from dpldm_core.privacy.one_shot import ClassMoments, noisy_class_moments
 from dpldm_core.privacy.plan import DpSgdPlan, GaussianSumPlan
 from dpldm_core.rng import SecretKey
-from dpldm_core.training.private import train_private
+from dpldm_core.training.private import TrainLoop, train_private
 from dpldm_core.training.units import Units
 
 
@@ -157,7 +157,14 @@ def diffusion_loss(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def train_denoiser(
-    model: Denoiser, units: Units, plan: DpSgdPlan, key: SecretKey, config: DiffusionConfig, **loop: Any
+    model: Denoiser,
+    units: Units,
+    plan: DpSgdPlan,
+    key: SecretKey,
+    config: DiffusionConfig,
+    *,
+    train: TrainLoop = train_private,
+    **loop: Any,
 ) -> Denoiser:
     """DP-SGD on private latents.
 
@@ -167,12 +174,13 @@ def train_denoiser(
         plan: What is charged.
         key: Secret key of this stage.
         config: Noise levels, multiplicity, learning rate and averaging.
+        train: The loop: :func:`train_private`, or one that adds canaries to it.
         loop: Further arguments of :func:`train_private`.
 
     Returns:
         The averaged denoiser.
     """
-    return train_private(  # type: ignore[return-value]
+    return train(  # type: ignore[return-value]
         model,
         units,
         plan,

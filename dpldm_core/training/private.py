@@ -19,6 +19,7 @@ from dpldm_core.training.units import Units
 
 Draw = Callable[[Batch, np.random.Generator], Batch]
 OnStep = Callable[[int, int], None]
+TrainLoop = Callable[..., nn.Module]  # train_private, or the audited one (audited.py)
 
 
 def train_private(

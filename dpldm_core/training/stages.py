@@ -31,7 +31,7 @@ from dpldm_core.training.diffusion import (
     train_denoiser,
     train_denoiser_on_released,
 )
-from dpldm_core.training.private import OnStep
+from dpldm_core.training.private import OnStep, TrainLoop, train_private
 from dpldm_core.training.state import load_model, save_model
 from dpldm_core.training.units import Units
 
@@ -48,6 +48,7 @@ class Run:
         checkpoint: Folder to resume from and save to.
         on_checkpoint: Called after each save.
         on_step: Called with (steps done, steps): public.
+        train: The DP-SGD loop; an audit gives one that adds canaries.
     """
 
     folder: Path
@@ -55,6 +56,7 @@ class Run:
     checkpoint: Path | None = None
     on_checkpoint: Callable[[], None] | None = None
     on_step: OnStep | None = None
+    train: TrainLoop = train_private
 
     @property
     def device(self) -> str:
@@ -70,6 +72,7 @@ class Run:
             "checkpoint": self.checkpoint,
             "on_checkpoint": self.on_checkpoint,
             "on_step": self.on_step,
+            "train": self.train,
         }
 
 
