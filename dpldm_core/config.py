@@ -80,11 +80,16 @@ class SamplingConfig(_Frozen):
 
 
 class EvaluationConfig(_Frozen):
-    """Internal measurements."""
+    """Internal measurements, and the accuracy that is released when ``publish_metrics`` asks for it."""
 
     num_epochs: int = Field(ge=1, description="epochs of the downstream classifier; fixed, nothing is selected")
     num_seeds: int = Field(ge=1, description="classifiers trained")
     max_frechet_images: int = Field(ge=2, description="images a side in Frechet distances")
+    metrics_share: float = Field(
+        gt=0,
+        lt=1,
+        description="share of the squared Gaussian-DP budget for a released accuracy; the others shrink by it",
+    )
 
 
 class PerformanceConfig(_Frozen):
@@ -107,6 +112,7 @@ class ReleaseConfig(_Frozen):
     preset: str
     latent_mechanism: LatentMechanism
     num_samples: int = Field(ge=1, description="synthetic images")
+    publish_metrics: bool = Field(description="release the accuracy on held-out private records, as part of epsilon")
     seed: int = Field(ge=0, lt=2**62, description="of initial weights, procedural images and sampling; protects nobody")
     num_classes: int | None = Field(default=None, ge=1, description="declared public number of classes of own data")
     num_records: int | None = Field(default=None, ge=1, description="declared public number of records of own data")

@@ -67,7 +67,7 @@ def _quick(num_records: int) -> dict[str, Any]:
             "S_churn": 8.0,
             "num_shards": 2,
         },
-        "evaluation": {"num_epochs": 4, "num_seeds": 1, "max_frechet_images": 5_000},
+        "evaluation": {"num_epochs": 4, "num_seeds": 1, "max_frechet_images": 5_000, "metrics_share": 0.01},
         "performance": {
             "physical_batch_size": 512,
             "clip_backend": "book_keeping",
@@ -94,7 +94,7 @@ def _cpu(num_records: int) -> dict[str, Any]:
         ),
     }
     values["sampling"] |= {"num_samples": 60_000, "num_steps": 18, "num_shards": 4}
-    values["evaluation"] = {"num_epochs": 4, "num_seeds": 3, "max_frechet_images": 10_000}
+    values["evaluation"] = {"num_epochs": 4, "num_seeds": 3, "max_frechet_images": 10_000, "metrics_share": 0.01}
     return values
 
 
@@ -126,7 +126,7 @@ def _smoke(num_records: int) -> dict[str, Any]:
     values["diffusion"]["dp_sgd"] |= {"num_steps": 2}
     values["noised_latents"] |= {"num_steps": 2, "batch_size": 32}
     values["sampling"] |= {"num_samples": 64, "num_steps": 3}
-    values["evaluation"] = {"num_epochs": 1, "num_seeds": 1, "max_frechet_images": 64}
+    values["evaluation"] = {"num_epochs": 1, "num_seeds": 1, "max_frechet_images": 64, "metrics_share": 0.01}
     return values
 
 
@@ -142,6 +142,7 @@ def resolve_config(
     num_samples: int,
     latent_mechanism: str,
     public_num_records: int | None,
+    publish_metrics: bool = False,
     overrides: Mapping[str, Any] | None = None,
 ) -> ReleaseConfig:
     """One frozen configuration from the workflow's inputs, a preset and a file of overrides.
@@ -154,6 +155,7 @@ def resolve_config(
         num_samples: 0 for the preset's own.
         latent_mechanism: ``dp_sgd`` or ``noised_latents``.
         public_num_records: Well-known number of training records of a built-in set; None for own data.
+        publish_metrics: Whether the accuracy on held-out private records is released too, as part of epsilon.
         overrides: Single fields, nested like :class:`ReleaseConfig`.
 
     Returns:
@@ -186,6 +188,7 @@ def resolve_config(
         "preset": preset,
         "latent_mechanism": latent_mechanism,
         "num_samples": num_samples or values["sampling"]["num_samples"],
+        "publish_metrics": publish_metrics,
         "num_records": num_records,
         "seed": 0,
     }

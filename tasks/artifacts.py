@@ -99,10 +99,12 @@ class Shard(_Artifact):
 
 
 class Evaluation(_Artifact):
-    """Internal measurements: they read private data and stay inside."""
+    """Internal measurements, which stay inside; and the released ones, public JSON with their events, if any."""
 
     metrics: FlyteFile
+    released_metrics: str
     run_id: str
+    events: str
 
 
 def content_of(artifact: _Artifact) -> str:

@@ -1,31 +1,53 @@
-"""evaluate: internal measurements; they read private data and stay in the steward's store."""
+"""evaluate: internal measurements, which stay in the steward's store, and an accuracy that epsilon pays for."""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from flytekit.types.file import FlyteFile
 
-from tasks._resources import GPU_TASK, dpldm_task, inception_weights, work_folder
+from tasks._resources import GPU_TASK, begin_stage, dpldm_task, inception_weights, work_folder
 from tasks.artifacts import PRIVATE, Evaluation, HashedEvaluation, PrivateData, Release, Shard
+
+if TYPE_CHECKING:
+    from dpldm_core.rng import SecretKey
 
 
 @dpldm_task(**GPU_TASK)
 def evaluate(release: Release, data: PrivateData, shards: list[Shard]) -> HashedEvaluation:
-    """Measure utility, fidelity and memorisation. Nothing of it enters the bundle."""
-    from dpldm_core.release.measuring import evaluate_files
+    """Measure utility, fidelity and memorisation. Of it all, only an accuracy that the plan pays for is released."""
+    from dpldm_core.privacy.plan import ReleasePlan
+    from dpldm_core.release.measuring import evaluate_files, release_accuracy
     from tasks import _tracking
 
-    config = release.release_config()
+    config, plan = release.release_config(), ReleasePlan.model_validate_json(release.plan)
     with _tracking.child_run(release.run_id, "evaluate") as run:
+        parts, heldout = [shard.images.download() for shard in shards], data.heldout.download()
+        paid: list[str] = []
+
+        def key_of(stage: str) -> SecretKey:
+            paid.append(stage)
+            return begin_stage(release.entry_id, release.plan, stage, heldout)
+
+        released, classifier = release_accuracy(parts, heldout, config, plan, key_of)
+        run.stage(plan, paid)
         path, numbers = evaluate_files(
-            [shard.images.download() for shard in shards],
+            parts,
             data.train.download(),
-            data.heldout.download(),
+            heldout,
             work_folder("evaluate"),
             config.evaluation,
             inception_weights=inception_weights(),
+            synthetic_classifier=classifier,
         )
         run.params(visibility="internal: computed from private data, not covered by the promise")
         run.metrics(**{f"internal.{name}": value for name, value in numbers.items()})
         print("internal evaluation (stays in your store, not in the bundle):")
         print("\n".join(f"  {name:32s} {value:.4f}" for name, value in numbers.items()))
-        return Evaluation(metrics=FlyteFile(str(path)), run_id=run.run_id, visibility=PRIVATE)
+        return Evaluation(
+            metrics=FlyteFile(str(path)),
+            released_metrics=released,
+            run_id=run.run_id,
+            events=release.events_of(paid),
+            visibility=PRIVATE,
+        )

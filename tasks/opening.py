@@ -28,6 +28,7 @@ def open_release(
     budget_epsilon: float,
     out: str,
     config: str,
+    publish_metrics: bool,
 ) -> Opened:
     """Check every input, reserve the budget, then validate the data and calibrate the noise; opens the MLflow run."""
     from dpldm_core.release.opening import check_request, decide
@@ -43,6 +44,7 @@ def open_release(
         budget_epsilon=budget_epsilon,
         out=out,
         config=config,
+        publish_metrics=publish_metrics,
         inception_weights=inception_weights(),
     )
     ledger = open_ledger()
@@ -96,6 +98,7 @@ def close_failed_release(
     budget_epsilon: float,
     out: str,
     config: str,
+    publish_metrics: bool,
     err: FlyteError | None = None,
 ) -> None:
     """Close the MLflow run and leave the ledger truthful: only a hold on data that no mechanism read is lifted."""

@@ -21,7 +21,7 @@ class Published(NamedTuple):
 def publish(
     release: Release, codec: Codec, model: DiffusionModel, shards: list[Shard], evaluation: Evaluation
 ) -> Published:
-    """Write and verify the bundle, close the ledger entry, register the model. The evaluation stays inside."""
+    """Write and verify the bundle, close the ledger entry, register the model. Only what was paid for goes in."""
     from dpldm_core.privacy.plan import ReleasePlan
     from dpldm_core.release.publishing import publish_release
     from tasks import _tracking
@@ -41,6 +41,7 @@ def publish(
             model_files=files,
             noise_std=model.noise_std,
             work=work_folder("publish"),
+            metrics=evaluation.released_metrics,
         )
         open_ledger().publish(release.entry_id, bundle_digest=done.digest)
         run.params(codec_by=codec.run_id, model_by=model.run_id, evaluated_by=evaluation.run_id)

@@ -37,6 +37,7 @@ def release_pipeline(
     budget_epsilon: float = 0.0,
     out: str = "releases",
     config: str = "",
+    publish_metrics: bool = False,
 ) -> Result:
     """Publish a synthetic image data set with an end-to-end (epsilon, delta) promise.
 
@@ -50,6 +51,7 @@ def release_pipeline(
         budget_epsilon: Cap of a new account; 0 sets none for built-in sets, and just this release for own data.
         out: Folder or s3:// URI that the bundle is written to.
         config: JSON or YAML file that overrides single fields of the preset; unknown keys are refused.
+        publish_metrics: Release the accuracy on held-out private records too; a small part of epsilon pays for it.
 
     Returns:
         Where the bundle is, its id, and the epsilon and delta it promises.
@@ -64,6 +66,7 @@ def release_pipeline(
         budget_epsilon=budget_epsilon,
         out=out,
         config=config,
+        publish_metrics=publish_metrics,
     )
     data = ingest(release=release)
     codec = train_autoencoder(release=release, data=data)

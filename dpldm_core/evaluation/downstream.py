@@ -150,6 +150,26 @@ def held_out_accuracy(
     return DownstreamAccuracy(float(hits.mean()), per_class)
 
 
+@torch.inference_mode()
+def predicted_right(classifier: SmallCnn, images: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Whether each record is classified right, bool [n]: a function of that record alone.
+
+    Each goes through the network by itself: in a batch, rounding may depend on who else is in it, and a tie could turn
+    because of another record.
+
+    Args:
+        classifier: From ``train_classifier``.
+        images: Held-out real uint8 [n, h, w, c]. Private.
+        labels: int64 [n]. Private.
+
+    Returns:
+        Private.
+    """
+    where = device()
+    found = [int(classifier(to_pixels(images[i : i + 1], where)).argmax()) for i in range(len(images))]
+    return np.array(found, dtype=np.int64) == labels
+
+
 def train_on_synthetic_accuracy(
     images: np.ndarray,
     labels: np.ndarray,

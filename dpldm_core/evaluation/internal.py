@@ -86,6 +86,7 @@ def evaluate_release(
     seeds: Sequence[int],
     inception_weights: str | None,
     max_frechet_images: int,
+    synthetic_classifier: SmallCnn | None = None,
 ) -> InternalEvaluation:
     """Measure utility, fidelity and memorisation of synthetic images against real records.
 
@@ -99,6 +100,7 @@ def evaluate_release(
         seeds: One classifier on synthetic and one on real images for each; the first also draws the subsets.
         inception_weights: File with weights of the Inception network; None: features of the first ceiling classifier.
         max_frechet_images: Images a side in Frechet distances at most.
+        synthetic_classifier: The classifier of the first seed on the synthetic images, if it is trained already.
 
     Returns:
         All measurements. Private.
@@ -114,7 +116,7 @@ def evaluate_release(
     synthetic = ceiling = frechet = None
     if enough and num_classes > 1:
         measure = partial(_accuracy, heldout=heldout, num_classes=num_classes, num_epochs=num_epochs, seeds=seeds)
-        synthetic, _ = measure((images, labels))
+        synthetic, _ = measure((images, labels), first=synthetic_classifier)
         ceiling, classifier = measure(train)
         extractor = extractor or classifier_extractor(classifier)
     if enough and extractor:
@@ -132,10 +134,17 @@ def _sizes(sides: dict[str, np.ndarray]) -> dict[str, int]:
 
 
 def _accuracy(
-    records: Records, *, heldout: Records, num_classes: int, num_epochs: int, seeds: Sequence[int]
+    records: Records,
+    *,
+    heldout: Records,
+    num_classes: int,
+    num_epochs: int,
+    seeds: Sequence[int],
+    first: SmallCnn | None = None,
 ) -> tuple[AccuracySummary, SmallCnn]:
     """Accuracy over seeds after training on records, and the classifier of the first seed."""
-    classifiers = [train_classifier(*records, num_classes=num_classes, num_epochs=num_epochs, seed=s) for s in seeds]
+    train = partial(train_classifier, *records, num_classes=num_classes, num_epochs=num_epochs)
+    classifiers = [first or train(seed=seeds[0]), *(train(seed=s) for s in seeds[1:])]
     results = [held_out_accuracy(classifier, *heldout, num_classes=num_classes) for classifier in classifiers]
     values = [result.accuracy for result in results]
     by_class = zip(*(result.per_class for result in results), strict=True)

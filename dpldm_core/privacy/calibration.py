@@ -13,6 +13,7 @@ from dpldm_core.privacy.plan import (
     DpSgdPlan,
     GaussianRecordPlan,
     GaussianSumPlan,
+    HistogramPlan,
     LabelPlan,
     MechanismPlan,
     ReleasePlan,
@@ -21,6 +22,7 @@ from dpldm_core.privacy.plan import (
 
 AUTOENCODER, PRIOR, DIFFUSION = "train_autoencoder", "latent_prior", "train_diffusion"
 LATENTS, LABELS = "extract_latents", "extract_labels"
+METRICS = "released_accuracy"
 _UNSET = 1.0  # noise of a mechanism before calibration
 
 
@@ -42,7 +44,7 @@ def plan_release(config: ReleaseConfig, *, num_classes: int, latent_dim: int, gr
         The plan of the release.
 
     Raises:
-        ConfigError: Budget shares that do not add up.
+        ConfigError: Budget shares that do not add up, or an accuracy to release of images without labels.
         AccountingError: The target cannot be met, or the accountants disagree.
     """
     records = config.max_records_per_group if grouped else 1
@@ -66,6 +68,8 @@ def plan_release(config: ReleaseConfig, *, num_classes: int, latent_dim: int, gr
         if num_classes > 1:
             labels = LabelPlan(stage=LABELS, num_classes=num_classes, labels_per_unit=records, noise_parameter=0.5)
             mechanisms.append((labels, label_share))
+    if config.publish_metrics:
+        mechanisms = _with_metrics(mechanisms, config.evaluation.metrics_share, num_classes, records)
     unit = f"one person (at most {records} records)" if grouped else "one record"
     return calibrate(
         mechanisms,
@@ -75,6 +79,22 @@ def plan_release(config: ReleaseConfig, *, num_classes: int, latent_dim: int, gr
         unit_of_privacy=unit,
         num_records=config.num_records,
     )
+
+
+def _with_metrics(
+    mechanisms: Sequence[tuple[MechanismPlan, float]], share: float, num_classes: int, records: int
+) -> list[tuple[MechanismPlan, float]]:
+    """The mechanisms and the counts of right and wrong predictions on held-out records, which take ``share``.
+
+    Held-out records are not training records, but a unit's cost is bounded as if it were in both.
+    """
+    if num_classes < 2:
+        raise ConfigError(
+            "publish_metrics=True releases an accuracy, which needs labels, and the images have none or one class. "
+            "Leave publish_metrics out, or give labels"
+        )
+    counts = HistogramPlan(stage=METRICS, num_bins=2, max_records_per_unit=records, noise_multiplier=_UNSET)
+    return [*((mechanism, own * (1.0 - share)) for mechanism, own in mechanisms), (counts, share)]
 
 
 def _dp_sgd(stage: str, config: DpSgdConfig) -> DpSgdPlan:

@@ -23,6 +23,16 @@ MAX_BINS = 1_000  # independent coordinates whose factors together still cost le
 _BLOCK = 4096  # bytes taken from the stream at a time
 
 
+def drawn_variance(noise_multiplier: float, max_records: int) -> Fraction:
+    """Exact variance of the noise of a count.
+
+    Args:
+        noise_multiplier: What is charged: noise standard deviation over ``max_records``.
+        max_records: Most records of one unit that are counted.
+    """
+    return (Fraction(noise_multiplier) * max_records) ** 2 + SMOOTHING_VARIANCE
+
+
 class RandomIntegers:
     """Exactly uniform integers of any size from the streams of one key.
 

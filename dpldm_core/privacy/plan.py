@@ -20,7 +20,7 @@ from scipy.special import rel_entr
 from dpldm_core.errors import AccountingError, ConfigError, DataError
 from dpldm_core.privacy import accounting
 from dpldm_core.privacy.accounting import DpEvent, NeighboringRelation
-from dpldm_core.privacy.discrete import MAX_BINS, SMOOTHING_VARIANCE, DiscreteGaussianNoise
+from dpldm_core.privacy.discrete import MAX_BINS, DiscreteGaussianNoise, drawn_variance
 from dpldm_core.privacy.noise import GaussianNoise
 from dpldm_core.rng import SecretKey
 
@@ -120,7 +120,7 @@ class HistogramPlan(_Frozen):
     @property
     def variance(self) -> Fraction:
         """Variance of the discrete Gaussian that is drawn: the charged one and what smoothing takes, exactly."""
-        return (Fraction(self.noise_multiplier) * self.max_records_per_unit) ** 2 + SMOOTHING_VARIANCE
+        return drawn_variance(self.noise_multiplier, self.max_records_per_unit)
 
     def event(self) -> DpEvent:
         """What the counts release: no more than one Gaussian (docs/decisions/0009)."""

@@ -27,7 +27,7 @@ from dpldm_core.storage import is_remote, local_path
 
 FORMAT_VERSION = 1
 MANIFEST, CONFIG, REPORT = "manifest.json", "config.json", "privacy_report.json"
-CARD, SAMPLES = "README.md", "samples.png"
+CARD, SAMPLES, METRICS = "README.md", "samples.png", "metrics.json"
 _WAY_OUT = "Choose another out, or move that one away; a release is never overwritten"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
@@ -71,6 +71,7 @@ def write_bundle(
     report: PrivacyReport,
     card: str,
     samples_png: bytes,
+    metrics: Mapping[str, Any] | None = None,
 ) -> str:
     """Write the bundle in one step that cannot be seen half done.
 
@@ -86,6 +87,7 @@ def write_bundle(
         report: The privacy report.
         card: README.md.
         samples_png: samples.png.
+        metrics: metrics.json, of a release that paid for one.
 
     Returns:
         Path or URI of the bundle.
@@ -101,6 +103,7 @@ def write_bundle(
     files |= {f"model/{name}.safetensors": path for name, path in model_files.items()}
     files |= {CONFIG: canonical_json(dict(config)), REPORT: canonical_json(report.model_dump(mode="json"))}
     files |= {CARD: card.encode(), SAMPLES: samples_png}
+    files |= {METRICS: canonical_json(dict(metrics))} if metrics is not None else {}
     try:
         if is_remote(out):
             return _upload(f"{out}/{release_id}", release_id, files)

@@ -1,7 +1,7 @@
 """The data card (README.md) of a bundle, for a reader who decides whether the data may be used.
 
 Everything in it comes from the privacy report, public parts of the configuration and what the caller names: no number
-that was measured on private data.
+that was measured on private data, but for an accuracy that a mechanism of the release paid for.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dpldm_core.privacy.report import PrivacyReport, round_up
+from dpldm_core.release.metrics import ReleasedMetrics, in_words
 
 _TEMPLATE = """\
 ---
@@ -58,7 +59,7 @@ the rows do not simply add up: epsilon is computed over all of them together ({a
 | fact | value | where it comes from |
 |---|---|---|
 {public_facts}
-
+{metrics}
 ## Check it yourself
 
 ```
@@ -130,6 +131,7 @@ def render_card(
     num_samples: int,
     class_names: Sequence[str],
     audit: Mapping[str, Any] | None = None,
+    metrics: ReleasedMetrics | None = None,
 ) -> str:
     """README.md of a bundle, with Hugging Face front matter.
 
@@ -140,6 +142,7 @@ def render_card(
         num_samples: Synthetic images in the bundle.
         class_names: Public class names; empty when there are no labels.
         audit: ``epsilon_lower_bound``, ``confidence`` and ``method`` of an audit made on public data, if any.
+        metrics: The accuracy that the release paid for, if it did.
     """
     title = " ".join(dataset_title.split())
     facts = [(name, _value(fact.value), fact.origin) for name, fact in report.public_facts.items()]
@@ -160,6 +163,7 @@ def render_card(
         accountant=report.accountant.get("published", "see privacy_report.json"),
         audit=_audit(audit),
         public_facts=_rows(facts or [("none", "", "")]),
+        metrics=f"\n## How useful it is\n\n{in_words(metrics)}\n" if metrics else "",
         release_id=report.release_id,
         columns="image, label" if class_names else "image",
         classes=f"\nClasses: {numbered}.\n" if class_names else "",

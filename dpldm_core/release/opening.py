@@ -63,6 +63,7 @@ class Decision:
         return {
             **{name: getattr(config, name) for name in ("dataset", "epsilon", "delta", "preset", "latent_mechanism")},
             "num_samples": config.num_samples,
+            "publish_metrics": config.publish_metrics,
             "neighboring_relation": self.plan.relation,
             "unit_of_privacy": self.plan.unit_of_privacy,
             **{f"noise.{m.stage}": _noise_of(m) for m in self.plan.mechanisms},
@@ -94,6 +95,7 @@ def check_request(
     budget_epsilon: float,
     out: str,
     config: str,
+    publish_metrics: bool = False,
     inception_weights: str | None = None,
 ) -> Request:
     """Resolve and check the inputs of a release. Reads no data.
@@ -109,6 +111,7 @@ def check_request(
             epsilon (one release) for own data.
         out: Folder or URI of releases.
         config: File of overrides, or empty. ``release_id``, ``account`` and ``cohort`` may stand in it too.
+        publish_metrics: Whether the accuracy on held-out private records is released too, as part of epsilon.
         inception_weights: File with the Inception weights that the evaluation will ask for, if any.
 
     Raises:
@@ -128,8 +131,13 @@ def check_request(
         num_samples=num_samples,
         latent_mechanism=latent_mechanism,
         public_num_records=built_in.num_records if built_in else None,
+        publish_metrics=publish_metrics,
         overrides=overrides,
     )
+    if resolved.publish_metrics and resolved.num_samples < 2:
+        raise ConfigError(
+            "publish_metrics=True trains a classifier on the synthetic images: num_samples must be 2 or more"
+        )
     if inception_weights:
         from dpldm_core.evaluation.features import inception_metric  # imports torch
 

@@ -18,6 +18,7 @@ from dpldm_core.privacy.report import PrivacyReport, build_report
 from dpldm_core.release.bundle import MANIFEST, REPORT, check_target, local_copy, write_bundle
 from dpldm_core.release.card import render_card
 from dpldm_core.release.figures import samples_grid_png
+from dpldm_core.release.metrics import ReleasedMetrics
 from dpldm_core.release.opening import public_name
 from dpldm_core.release.sampling import public_config, read_public_config, write_shard
 from dpldm_core.release.synthetic import read_synthetic
@@ -35,6 +36,7 @@ class Publication:
         digest: SHA-256 of its manifest.
         samples_png: Its picture.
         model_folder: Folder with the public model files; None for a bundle of another release's model.
+        metrics: The accuracy that the release paid for; None when it did not.
     """
 
     bundle: str
@@ -43,6 +45,7 @@ class Publication:
     digest: str
     samples_png: bytes
     model_folder: Path | None
+    metrics: ReleasedMetrics | None = None
 
     @property
     def release_id(self) -> str:
@@ -57,7 +60,8 @@ class Publication:
     def promise(self) -> dict[str, float]:
         """Public numbers of the whole release."""
         report = self.report
-        return {"epsilon": report.epsilon, "delta": report.delta, "epsilon_replace_one": report.epsilon_replace_one}
+        numbers = {"epsilon": report.epsilon, "delta": report.delta, "epsilon_replace_one": report.epsilon_replace_one}
+        return numbers | ({"released.accuracy": self.metrics.accuracy} if self.metrics else {})
 
     def summary(self) -> str:
         """What the steward sees at the end."""
@@ -79,6 +83,7 @@ def publish_release(
     model_files: Mapping[str, str],
     noise_std: float,
     work: Path,
+    metrics: str = "",
 ) -> Publication:
     """Write the bundle of a release and verify it.
 
@@ -94,6 +99,7 @@ def publish_release(
         model_files: Public model files by name.
         noise_std: Noise of the latents that the denoiser was trained on.
         work: Scratch folder.
+        metrics: Released metrics as JSON; empty when there are none.
 
     Raises:
         BundleError: It cannot be written, or does not verify.
@@ -109,7 +115,9 @@ def publish_release(
     )
     values = public_config(config, schema, noise_std, public_name(config.dataset))
     files = {name: Path(path) for name, path in model_files.items()}
-    return _publish(out, report, values, schema, [Path(p) for p in synthetic], files, work, registered=True)
+    released = ReleasedMetrics.model_validate_json(metrics) if metrics else None
+    parts = [Path(p) for p in synthetic]
+    return _publish(out, report, values, schema, parts, files, work, registered=True, metrics=released)
 
 
 def resample_release(bundle: str, num_samples: int, seed: int, out: str, work: Path) -> Publication:
@@ -178,6 +186,7 @@ def _publish(
     work: Path,
     *,
     registered: bool,
+    metrics: ReleasedMetrics | None = None,
 ) -> Publication:
     images, labels = read_synthetic(synthetic)
     names = schema.class_names if schema.labelled else ()
@@ -190,6 +199,7 @@ def _publish(
         dataset_title=built_in.title if built_in else dataset,
         num_samples=len(images),
         class_names=names,
+        metrics=metrics,
     )
     bundle = write_bundle(
         out,
@@ -200,6 +210,7 @@ def _publish(
         report=report,
         card=card,
         samples_png=picture,
+        metrics=metrics.model_dump(mode="json") if metrics else None,
     )
     verify_bundle(bundle)
     with local_copy(bundle) as folder:
@@ -209,4 +220,4 @@ def _publish(
         folder.mkdir()
         for name, path in models.items():
             (folder / f"{name}.safetensors").write_bytes(path.read_bytes())
-    return Publication(bundle, report, dataset, digest, picture, folder if registered else None)
+    return Publication(bundle, report, dataset, digest, picture, folder if registered else None, metrics)

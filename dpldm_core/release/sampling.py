@@ -69,6 +69,8 @@ def read_public_config(bundle: Path) -> tuple[ReleaseConfig, ImageSchema, float]
         values = json.loads((bundle / CONFIG).read_text())
         extra = {name: values.pop(name) for name in _EXTRA}
         schema = ImageSchema.model_validate(extra["schema"])
+        values = {"publish_metrics": False} | values  # bundles from before there was such a choice
+        values["evaluation"] = {"metrics_share": 0.01} | values["evaluation"]
         return ReleaseConfig.model_validate(values), schema, float(extra["latent_noise_std"])
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise BundleError(f"{bundle / CONFIG} cannot be read: {error}") from error

@@ -21,9 +21,11 @@ from safetensors import SafetensorError, safe_open
 
 from dpldm_core.errors import AccountingError, BundleError
 from dpldm_core.privacy.accounting import accountant_versions
+from dpldm_core.privacy.calibration import METRICS as METRICS_STAGE
 from dpldm_core.privacy.report import PrivacyReport, recompute
 from dpldm_core.release import bundle
-from dpldm_core.release.bundle import CARD, CONFIG, MANIFEST, REPORT, SAMPLES
+from dpldm_core.release import metrics as released
+from dpldm_core.release.bundle import CARD, CONFIG, MANIFEST, METRICS, REPORT, SAMPLES
 from dpldm_core.release.synthetic import count_synthetic, read_synthetic
 
 TOLERANCE = 1e-6  # of a stored epsilon: room for another machine's floating point, not for another promise
@@ -61,6 +63,7 @@ def verify_bundle(path: str | Path, *, strict: bool = False) -> VerifiedBundle:
         config = _load(folder, CONFIG, problems) or {}
         if report is not None:
             _check_agreement(folder, manifest, config, report, problems)
+            _check_metrics(folder, manifest, config, report, problems)
         _check_images(folder, intact, config, strict, problems)
         _check_models(folder, intact, problems)
     if problems or report is None:
@@ -106,7 +109,9 @@ def _check_files(folder: Path, manifest: dict[str, Any], problems: list[str]) ->
     problems += [f"{name} is missing" for name in sorted((set(listed) | required) - set(present))]
     problems += [f"{name} is not listed in {MANIFEST}" for name in sorted(set(present) - set(listed))]
     problems += [
-        f"{name} is no part of a bundle" for name in sorted(set(listed) - required) if not _MODEL.fullmatch(name)
+        f"{name} is no part of a bundle"
+        for name in sorted(set(listed) - required - {METRICS})
+        if not _MODEL.fullmatch(name)
     ]
     intact = set()
     for name in sorted(set(listed) & set(present)):
@@ -163,6 +168,39 @@ def _check_agreement(
     try:
         if report.statement not in (folder / CARD).read_text(encoding="utf-8"):
             problems.append(f"{CARD} does not carry the statement of {REPORT}")
+    except (OSError, ValueError) as error:
+        problems.append(f"{CARD} cannot be read: {error}")
+
+
+def _check_metrics(
+    folder: Path, manifest: dict[str, Any], config: dict[str, Any], report: PrivacyReport, problems: list[str]
+) -> None:
+    """metrics.json is there when the release paid for it, follows from its counts and noise, and is on the card.
+
+    A bundle that samples another release's models again carries none: the accuracy was that of the first images.
+    """
+    paid = [e.event for e in report.events if e.stage == METRICS_STAGE]
+    if bool(config.get("publish_metrics", False)) != bool(paid):
+        problems.append(f"{CONFIG}: publish_metrics is {config.get('publish_metrics')!r}, {REPORT} says otherwise")
+    listed = METRICS in (manifest.get("files") or {})
+    if not paid or report.parent_release_id is not None:
+        problems += [f"{METRICS} is no part of this bundle: no mechanism of it paid for it"] * listed
+        return
+    if not listed:
+        problems.append(f"{METRICS} is missing: {REPORT} lists the mechanism that released it")
+        return
+    if (value := _load(folder, METRICS, problems)) is None:
+        return
+    try:
+        found = released.ReleasedMetrics.model_validate_json(json.dumps(value), strict=True)
+    except ValidationError as error:
+        problems += [f"{METRICS}: {'.'.join(map(str, e['loc']))} {e['msg']}".strip() for e in error.errors()]
+        return
+    if found.stage != METRICS_STAGE or [found.noise_multiplier] != [e.get("noise_multiplier") for e in paid]:
+        problems.append(f"{METRICS}: its noise is not that of stage {METRICS_STAGE!r} in {REPORT}")
+    try:
+        if released.in_words(found) not in (folder / CARD).read_text(encoding="utf-8"):
+            problems.append(f"{CARD} does not carry the accuracy of {METRICS}")
     except (OSError, ValueError) as error:
         problems.append(f"{CARD} cannot be read: {error}")
 
