@@ -83,6 +83,7 @@ class RateDoubled(DpSgdEngine):
     """Units are sampled at twice the rate that is charged."""
 
     def batch_indices(self, step, num_units):
+        """Poisson at 2q."""
         rate = min(1.0, 2 * self.plan.sample_rate)
         twice = self.plan.model_copy(update={"sample_rate": rate, "max_batch_size": None})
         return twice.sample_batch(self._sampling_key, step, num_units)
@@ -92,6 +93,7 @@ class ShuffledBatches(DpSgdEngine):
     """Every unit once in each round of 1/q steps, charged as Poisson sampling."""
 
     def batch_indices(self, step, num_units):
+        """The next part of the shuffled units."""
         rounds = round(1 / self.plan.sample_rate)
         order = self._sampling_key.generator(step // rounds).permutation(num_units)
         return np.sort(np.array_split(order, rounds)[step % rounds])
