@@ -103,6 +103,19 @@ class PerformanceConfig(_Frozen):
     checkpoint_every: int = Field(ge=1, description="steps of private training between two checkpoints")
 
 
+class AuditNote(_Frozen):
+    """The result of an audit on public data, shown on the card beside the claim. Cannot change the guarantee."""
+
+    dataset: str = Field(description="built-in public data set that was audited")
+    preset: str
+    epsilon: float = Field(gt=0, description="asked for the release whose plan was audited")
+    num_canaries: int = Field(ge=1)
+    confidence: float = Field(gt=0, lt=1)
+    claim: float = Field(ge=0, description="epsilon of the audited stages together, as charged")
+    epsilon_lower_bound: float = Field(ge=0, description="of the same stages, as shown by the audit")
+    method: str
+
+
 class ReleaseConfig(_Frozen):
     """Everything that decides what a release is, resolved before any private data is read."""
 
@@ -117,6 +130,7 @@ class ReleaseConfig(_Frozen):
     num_classes: int | None = Field(default=None, ge=1, description="declared public number of classes of own data")
     num_records: int | None = Field(default=None, ge=1, description="declared public number of records of own data")
     max_records_per_group: int = Field(ge=1, description="most records of one person that are used")
+    audit: AuditNote | None = Field(default=None, description="shown on the card; in a file: path of an audit's result")
     autoencoder: AutoencoderConfig
     prior: PriorConfig
     diffusion: DiffusionConfig

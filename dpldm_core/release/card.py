@@ -141,7 +141,7 @@ def render_card(
         dataset_title: Public name of the data, for people.
         num_samples: Synthetic images in the bundle.
         class_names: Public class names; empty when there are no labels.
-        audit: ``epsilon_lower_bound``, ``confidence`` and ``method`` of an audit made on public data, if any.
+        audit: Fields of an :class:`AuditNote`, if there was an audit on public data.
         metrics: The accuracy that the release paid for, if it did.
     """
     title = " ".join(dataset_title.split())
@@ -222,10 +222,13 @@ def _mechanism(event: Mapping[str, Any], count: int = 1) -> tuple[str, str]:
 def _audit(audit: Mapping[str, Any] | None) -> str:
     if audit is None:
         return ""
-    bound, confidence = f"{audit['epsilon_lower_bound']:.3g}", f"{audit['confidence']:.0%}"
+    where = f"`{audit['dataset']}`, preset `{audit['preset']}`, for a release of epsilon {audit['epsilon']:g}"
+    claim, bound = f"{round_up(audit['claim']):.3f}", f"{audit['epsilon_lower_bound']:.3g}"
     return (
-        f"\nAn attack on the same training code with public data ({_cell(audit['method'])})\n"
-        f"shows that epsilon is at least {bound}, with {confidence} confidence: a check of the claim from below.\n"
+        f"\nThe same training code was attacked on public data ({where}).\n"
+        f"{audit['num_canaries']:,} canaries; {_cell(audit['method'])}.\n"
+        f"The attacked stages claim epsilon = {claim} there. The attack shows that it is at least {bound},\n"
+        f"with {audit['confidence']:.0%} confidence: a check of the claim from below.\n"
     )
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dpldm_core.config import ReleaseConfig
+from dpldm_core.config import AuditNote, ReleaseConfig
 from dpldm_core.data.schema import ImageSchema
 from dpldm_core.data.sources import BUILTIN_DATASETS, load_dataset
 from dpldm_core.errors import ConfigError
@@ -110,7 +110,8 @@ def check_request(
         budget_epsilon: Cap of the account when it is first opened; 0 for the default: none for built-in sets, the asked
             epsilon (one release) for own data.
         out: Folder or URI of releases.
-        config: File of overrides, or empty. ``release_id``, ``account`` and ``cohort`` may stand in it too.
+        config: File of overrides, or empty. ``release_id``, ``account`` and ``cohort`` may stand in it too. ``audit``
+            names the result file of an audit, for the card.
         publish_metrics: Whether the accuracy on held-out private records is released too, as part of epsilon.
         inception_weights: File with the Inception weights that the evaluation will ask for, if any.
 
@@ -120,6 +121,8 @@ def check_request(
     """
     overrides = load_overrides(config)
     names = {key: str(overrides.pop(key, "") or "") for key in ("release_id", "account", "cohort")}
+    if isinstance(overrides.get("audit"), str):
+        overrides["audit"] = read_audit_note(overrides["audit"], preset)
     if not (math.isfinite(budget_epsilon) and budget_epsilon >= 0):
         raise ConfigError(f"budget_epsilon={budget_epsilon} must be 0 (the default cap) or a finite number above 0")
     built_in = BUILTIN_DATASETS.get(dataset)
@@ -183,6 +186,32 @@ def decide(request: Request, *, data_root: str | None, cache_dir: str | None) ->
             check_expected_batch(mechanism, loaded.train.num_units, MIN_EXPECTED_BATCH)
             mechanism.batch_cap(loaded.train.num_units)  # refuses data larger than declared
     return Decision(request, schema, plan)
+
+
+def read_audit_note(path: str, preset: str) -> dict[str, Any]:
+    """What the card shows of an audit's result file.
+
+    Args:
+        path: File or URI that the audit wrote.
+        preset: Of the release: an audit of other stages says nothing about it.
+
+    Raises:
+        ConfigError: It is no such file, its data is not public, its preset is another, or it refutes its claim.
+    """
+    values = load_overrides(path)
+    if missing := sorted(set(AuditNote.model_fields) - set(values)):
+        raise ConfigError(f"audit={path!r} is not the result of an audit: it holds no {missing}")
+    note = {name: values[name] for name in AuditNote.model_fields}
+    if note["dataset"] not in BUILTIN_DATASETS:
+        raise ConfigError(f"audit={path!r} was made on {note['dataset']!r}, not on public data: nobody may see it")
+    if note["preset"] != preset:
+        raise ConfigError(f"audit={path!r} is of preset={note['preset']!r}, the release of {preset!r}. Audit that one")
+    if note["epsilon_lower_bound"] > note["claim"]:
+        raise ConfigError(
+            f"audit={path!r} shows epsilon >= {note['epsilon_lower_bound']:.3g} where {note['claim']:.3g} is claimed: "
+            "the code is at fault. Release nothing with it"
+        )
+    return note
 
 
 def account_name(dataset: str) -> str:

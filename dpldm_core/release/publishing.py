@@ -200,6 +200,7 @@ def _publish(
         num_samples=len(images),
         class_names=names,
         metrics=metrics,
+        audit=config["audit"],
     )
     bundle = write_bundle(
         out,

@@ -5,6 +5,7 @@ import pytest
 import yaml
 from PIL import Image
 
+from dpldm_core.config import AuditNote
 from dpldm_core.privacy.plan import DpSgdPlan, GaussianRecordPlan, LabelPlan, ReleasePlan
 from dpldm_core.privacy.report import build_report
 from dpldm_core.release.card import render_card
@@ -93,8 +94,19 @@ def test_card_says_how_sure_an_attacker_can_become():
 
 
 def test_audit_appears_only_when_there_is_one(plan):
-    audit = {"epsilon_lower_bound": 0.41, "confidence": 0.95, "method": "10,000 canaries"}
-    assert "at least 0.41, with 95% confidence" in card(plan, audit=audit)
+    note = AuditNote(
+        dataset="mnist5k",
+        preset="quick",
+        epsilon=1.0,
+        num_canaries=10_000,
+        confidence=0.95,
+        claim=0.7004,
+        epsilon_lower_bound=0.41,
+        method="white box",
+    )
+    text = " ".join(card(plan, audit=note.model_dump()).split())
+    assert "public data (`mnist5k`, preset `quick`, for a release of epsilon 1). 10,000 canaries; white box." in text
+    assert "epsilon = 0.701 there. The attack shows that it is at least 0.41, with 95% confidence" in text
     assert "attack" not in card(plan)
 
 
