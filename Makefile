@@ -39,6 +39,8 @@ test: $(VENV)/.dev | $(TMPDIR)  ## the default tests, under 10 minutes on 2 core
 	$(BIN)/python -m pytest
 slow: $(VENV)/.dev | $(TMPDIR)  ## statistical, server, container-protocol and quality tests
 	$(BIN)/python -m pytest -m slow --timeout=3600
+mutants: $(VENV)/.dev | $(TMPDIR)  ## break the promise on purpose, in copies: every mutant must be noticed by its tests
+	$(BIN)/python -m tests.mutants.run $(ARGS)
 lint: $(VENV)/.dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 types: $(VENV)/.dev

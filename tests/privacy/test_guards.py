@@ -1,0 +1,67 @@
+"""Guards of the clip, one at a time: rounding where a unit's rows cancel, buffers, batch statistics."""
+
+import pytest
+import torch
+from torch import nn
+
+from dpldm_core.errors import UnsupportedLayerError
+from dpldm_core.privacy.clipping import BookKeeping
+from dpldm_core.privacy.engine import check_bounded
+from dpldm_core.privacy.layers import ROUNDING, Outer
+
+
+def cancelling(seed):
+    """One unit whose rows cancel but for a part in a million, far below what float32 keeps of them."""
+    g = torch.Generator().manual_seed(seed)
+    a, b = torch.randn(1, 6, 40, generator=g), torch.randn(1, 6, 50, generator=g)
+    rest = 1 + 1e-6 * torch.randn(b.shape, generator=g)
+    return Outer(torch.cat([a, a], 1), torch.cat([b, -b * rest], 1), nn.Parameter(torch.zeros(50, 40)), None)
+
+
+def clipped_norms(max_norm=1e-6):
+    """Norms of clipped units over the clip norm, for 200 units."""
+    found = []
+    for seed in range(200):
+        part = cancelling(seed)
+        factors = (max_norm / part.squared_norms(0.0).sqrt()).clamp(max=1.0)
+        [(_, total)] = part.weighted_sums(factors)
+        found.append(float(total.double().norm()) / max_norm)
+    return found
+
+
+def test_no_unit_whose_rows_cancel_exceeds_the_clip():
+    """Gram matrices in float32 see nothing of what is left; the margin for rounding must cover what the sum sees."""
+    assert max(clipped_norms()) <= 1.0
+
+
+def test_without_the_margin_rows_that_cancel_exceed_the_clip(monkeypatch):
+    """The negative control."""
+    assert ROUNDING > 0
+    monkeypatch.setattr("dpldm_core.privacy.layers.ROUNDING", 0.0)
+    assert max(clipped_norms()) > 1.1
+
+
+class Remembering(nn.Module):
+    """Keeps a statistic of its inputs, as norms with running means do, without using it."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 2)
+        self.register_buffer("seen", torch.zeros(4))
+
+    def forward(self, x):
+        self.seen += x.detach().mean(0)
+        return self.linear(x)
+
+
+def test_a_buffer_that_a_forward_pass_changes_is_refused():
+    """It would hold private values without noise, and be saved with the model."""
+    with pytest.raises(UnsupportedLayerError, match=r"changes the buffers \['seen'\]"):
+        check_bounded(Remembering(), lambda m, b: m(b["x"]).square().mean(1), {"x": torch.randn(4, 4)})
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm1d(4, affine=False), nn.BatchNorm1d(4).requires_grad_(False)])
+def test_batch_norm_without_weights_is_refused_by_name(norm):
+    """It has nothing to train, so no hook looks at it, and in evaluation mode it mixes no records: not yet."""
+    with pytest.raises(UnsupportedLayerError, match="1 is BatchNorm1d: it mixes records"):
+        BookKeeping(nn.Sequential(nn.Linear(4, 4), norm.eval()), max_norm=1.0)
