@@ -25,7 +25,6 @@ PRIVATE, PUBLIC = "private", "public"
 
 class _Artifact(BaseModel):
     model_config = ConfigDict(extra="forbid")
-
     visibility: str
 
 
@@ -109,8 +108,7 @@ class Evaluation(_Artifact):
 
 def content_of(artifact: _Artifact) -> str:
     """SHA-256 over an artifact's fields, its files by their content and without the run that made it."""
-    parts = {name: value for name, value in artifact if name != "run_id"}
-    plain = {name: sha256_of(value) if isinstance(value, FlyteFile) else value for name, value in parts.items()}
+    plain = {name: sha256_of(v) if isinstance(v, FlyteFile) else v for name, v in artifact if name != "run_id"}
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 

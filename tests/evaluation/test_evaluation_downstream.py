@@ -2,7 +2,13 @@ import numpy as np
 import pytest
 import torch
 
-from dpldm_core.evaluation.downstream import SmallCnn, held_out_accuracy, train_classifier, train_on_synthetic_accuracy
+from dpldm_core.evaluation.downstream import (
+    SmallCnn,
+    held_out_accuracy,
+    predicted_right,
+    train_classifier,
+    train_on_synthetic_accuracy,
+)
 
 
 def test_it_learns_digits_and_not_shuffled_labels(digits):
@@ -73,3 +79,19 @@ def test_every_size_of_image_and_set_works(shape, num_images):
     assert model(pixels).shape == (2, 4)
     assert model.features(pixels).shape == (2, 128)
     assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
+
+
+def test_a_prediction_is_a_function_of_its_record_alone(digits):
+    """Bit for bit in any company and order; what a released count sees of another record is nothing."""
+    images, labels = digits
+    classifier = train_classifier(images[:1000], labels[:1000], num_classes=10, num_epochs=4, seed=0)
+    test, truth = images[1000:1200], labels[1000:1200]
+    right = predicted_right(classifier, test, truth)
+    seen = []
+    classifier.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+    order = np.random.default_rng(0).permutation(200)[:90]
+    assert np.array_equal(predicted_right(classifier, test[order], truth[order]), right[order])
+    assert seen == [1] * 90
+    assert right.dtype == bool and 0.5 < right.mean() < 1
+    assert right.mean() == held_out_accuracy(classifier, test, truth, num_classes=10).accuracy
+    assert len(predicted_right(classifier, test[:0], truth[:0])) == 0

@@ -17,7 +17,14 @@ from dpldm_core.privacy.calibration import (
     plan_release,
     truncation_probability,
 )
-from dpldm_core.privacy.plan import DpSgdPlan, GaussianRecordPlan, GaussianSumPlan, LabelPlan, chernoff_cap
+from dpldm_core.privacy.plan import (
+    DpSgdPlan,
+    GaussianRecordPlan,
+    GaussianSumPlan,
+    HistogramPlan,
+    LabelPlan,
+    chernoff_cap,
+)
 
 DELTA = 1e-5
 
@@ -35,7 +42,7 @@ def calibrated(*mechanisms, target=8.0, relation="ADD_OR_REMOVE_ONE", delta=DELT
     return calibrate(mechanisms, target_epsilon=target, delta=delta, relation=relation, unit_of_privacy="one record")
 
 
-def config(mechanism="dp_sgd", target=3.0, **overrides):
+def config(mechanism="dp_sgd", target=3.0, publish_metrics=False, **overrides):
     return resolve_config(
         dataset="d",
         epsilon=target,
@@ -44,6 +51,7 @@ def config(mechanism="dp_sgd", target=3.0, **overrides):
         num_samples=0,
         latent_mechanism=mechanism,
         public_num_records=2000,
+        publish_metrics=publish_metrics,
         overrides=overrides,
     )
 
@@ -203,3 +211,33 @@ def test_a_plan_follows_from_declared_facts_alone():
     for declared in (2000, 4000):
         rate = config(num_records=declared).diffusion.dp_sgd.sample_rate
         assert rate == min(0.5, 1024 / declared)
+
+
+@pytest.mark.parametrize("mechanism", ["dp_sgd", "noised_latents"])
+@pytest.mark.parametrize("share", [0.01, 0.3])
+def test_a_published_accuracy_takes_its_share_and_no_more(mechanism, share):
+    """Of the squared Gaussian-DP parameter, beside another one-shot mechanism; the asked epsilon covers both."""
+    plain = plan_release(config(mechanism), num_classes=10, latent_dim=16, grouped=False)
+    settings = config(mechanism, publish_metrics=True, evaluation={"metrics_share": share})
+    plan = plan_release(settings, num_classes=10, latent_dim=16, grouped=False)
+    assert [m.stage for m in plan.mechanisms] == [*(m.stage for m in plain.mechanisms), "released_accuracy"]
+    assert 0.99 * 3 <= plan.epsilon() <= 3 and plan.relation == plain.relation
+    histogram, beside = plan.mechanisms[-1], plan.mechanisms[1]
+    assert isinstance(histogram, HistogramPlan) and histogram.num_bins == 2
+    own = settings.prior.budget_share if mechanism == "dp_sgd" else 0.6  # of the preset: 1 - 0.1 - 0.3
+    ratio = (beside.noise_multiplier / histogram.noise_multiplier) ** 2
+    assert ratio == pytest.approx(share / ((1 - share) * own), rel=1e-9)
+    without = plan.model_copy(update={"mechanisms": plan.mechanisms[:-1]})
+    assert without.epsilon() < plan.epsilon()
+
+
+def test_a_person_s_held_out_records_are_all_charged(uncalibrated):
+    settings = config(publish_metrics=True, max_records_per_group=3)
+    for grouped, most in ((True, 3), (False, 1)):
+        plan = plan_release(settings, num_classes=10, latent_dim=16, grouped=grouped)
+        assert plan.mechanism("released_accuracy").max_records_per_unit == most
+
+
+def test_an_accuracy_without_labels_is_refused():
+    with pytest.raises(ConfigError, match="needs labels"):
+        plan_release(config(publish_metrics=True), num_classes=1, latent_dim=16, grouped=False)
