@@ -43,7 +43,7 @@ def plan(stage="s"):
         max_grad_norm=0.1,
         noise_multiplier=1.0,
         truncation_probability=1e-12,
-        max_batch_size=8,
+        max_batch_size=24,
     )
 
 
