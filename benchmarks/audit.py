@@ -19,7 +19,6 @@ from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from _faulty_engines import MUTANTS
 from _machine import describe_machine
 
 from dpldm_core.data.ingest import ingest_dataset
@@ -29,6 +28,7 @@ from dpldm_core.release.opening import check_request, decide
 from dpldm_core.rng import SecretKey
 from dpldm_core.training import private, stages
 from dpldm_core.training.audited import CanaryAudit, audit_report, audit_stages, step_bounds
+from tests.faulty_engines import MUTANTS
 
 RESULTS = Path(__file__).parent / "results" / "audit"
 CONFIDENCE = 0.95

@@ -1,0 +1,92 @@
+import json
+
+import pytest
+
+from dpldm_core.errors import ConfigError
+from dpldm_core.release.auditing import audit_release
+from dpldm_core.release.opening import check_request
+
+RESULT = {
+    "dataset": "mnist5k",
+    "preset": "quick",
+    "epsilon": 10.0,
+    "num_canaries": 5000,
+    "confidence": 0.95,
+    "claim": 6.9,
+    "epsilon_lower_bound": 2.8,
+    "method": "white box",
+    "runs": [],
+}
+
+
+def request(tmp_path, **changes):
+    (tmp_path / "audit.json").write_text(json.dumps(RESULT | changes))
+    (tmp_path / "config.json").write_text(json.dumps({"audit": str(tmp_path / "audit.json")}))
+    return check_request(
+        dataset="mnist",
+        epsilon=1.0,
+        delta=1e-6,
+        preset="quick",
+        num_samples=0,
+        latent_mechanism="dp_sgd",
+        budget_epsilon=0.0,
+        out=str(tmp_path / "releases"),
+        config=str(tmp_path / "config.json"),
+    )
+
+
+def test_result_becomes_part_of_the_configuration_and_its_path_does_not(tmp_path):
+    resolved = request(tmp_path).config
+    assert (resolved.audit.dataset, resolved.audit.epsilon_lower_bound) == ("mnist5k", 2.8)
+    assert "audit.json" not in resolved.model_dump_json() and "runs" not in resolved.model_dump()["audit"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dataset": "scans.npz"}, "nobody may see it"),
+        ({"preset": "cpu"}, "Audit that one"),
+        ({"epsilon_lower_bound": 7.0}, "the code is at fault"),
+    ],
+)
+def test_result_that_may_not_be_shown_is_refused(tmp_path, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        request(tmp_path, **changes)
+
+
+def test_other_file_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"audit": str(tmp_path / "config.json")}))
+    with pytest.raises(ConfigError, match="is not the result of an audit"):
+        check_request(
+            dataset="mnist",
+            epsilon=1.0,
+            delta=1e-6,
+            preset="quick",
+            num_samples=0,
+            latent_mechanism="dp_sgd",
+            budget_epsilon=0.0,
+            out=str(tmp_path / "releases"),
+            config=str(tmp_path / "config.json"),
+        )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dataset": "scans.npz"}, "runs on public data only"),
+        ({"num_canaries": 99}, "num_canaries=99"),
+        ({"out": "s3://bucket/audits"}, "must be a local folder"),
+        ({"preset": "quik"}, "did you mean 'quick'"),
+    ],
+)
+def test_request_for_an_audit_is_checked_first(tmp_path, changes, message):
+    inputs = {
+        "dataset": "mnist5k",
+        "epsilon": 1.0,
+        "delta": 1e-5,
+        "preset": "quick",
+        "num_canaries": 5000,
+        "out": str(tmp_path),
+    }
+    with pytest.raises(ConfigError, match=message):
+        audit_release(**inputs | changes, work=tmp_path, data_root=None, cache_dir=None)
