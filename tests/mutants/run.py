@@ -26,7 +26,7 @@ HEAD = """# Privacy mutants and the tests that kill them
 
 Generated from `tests/mutants/table.py`; do not edit, but run `python -m tests.mutants.run --write`. A mutant is one
 change that breaks the promise. `make mutants` applies each to a copy of the code, where every test named beside it must
-fail by an assertion; without the mutant they must all pass.
+fail by an assertion (not by a fault of the mutant); without the mutant they must all pass.
 
 {count} mutants. They cover the {items} things on the list that this suite was asked for; the rows under "{beyond}" came
 on top.

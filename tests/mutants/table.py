@@ -43,7 +43,7 @@ class Mutant:
         old: Its exact text there; occurs once.
         new: What it becomes.
         killers: Tests that must fail, as path::name or path::name[parameters].
-        fails_by: Names of exceptions, besides a failed assertion, that count as the killers' failure.
+        fails_by: Names of refusals of the code that, where the test expects none or another, count like an assertion.
     """
 
     name: str
@@ -71,7 +71,8 @@ LOOP, STATE, STAGES, UNITS, DIFFUSION, AUTOENCODER = (
 _T = "tests/privacy/test_{}.py::test_"
 T_ACCOUNTING, T_BUDGET, T_CALIBRATION, T_CLIPPING = map(_T.format, ("accounting", "budget", "calibration", "clipping"))
 T_ENGINE, T_GUARDS, T_LEDGER, T_NOISE = map(_T.format, ("engine", "guards", "ledger", "noise"))
-T_DISCRETE, T_ONE_SHOT, T_PLAN, T_REPORT = map(_T.format, ("discrete", "one_shot", "plan", "report"))
+T_DISCRETE, T_ONE_PLACE, T_ONE_SHOT = map(_T.format, ("discrete", "one_place", "one_shot"))
+T_PLAN, T_REPORT = map(_T.format, ("plan", "report"))
 T_RNG, T_SPLIT = "tests/test_rng.py::test_", "tests/data/test_split.py::test_"
 T_LOOP, T_UNITS, T_STAGES = (f"tests/training/test_{name}.py::test_" for name in ("private", "units", "stage_batches"))
 T_MEASURING, T_VERIFY = (f"tests/release/test_release_{name}.py::test_" for name in ("measuring", "verify"))
@@ -178,8 +179,7 @@ MUTANTS = (
         OPACUS,
         "if losses.shape != (units,):",
         "if len(losses) != units:",
-        (f"{T_ENGINE}opacus_as_backend_refuses_a_loss_that_broadcasts_and_low_precision",),
-        fails_by=("RuntimeError",),
+        (f"{T_GUARDS}opacus_refuses_a_loss_that_would_broadcast",),
     ),
     Mutant(
         "noise_draws_repeated_along_the_batch",
@@ -315,10 +315,10 @@ MUTANTS = (
         "a_sum_that_is_not_finite_is_released",
         "NaN kept",
         NOISE,
-        "if not np.isfinite(clipped_sum).all():",
-        "if np.isnan(clipped_sum).all():",
+        "        if not np.isfinite(clipped_sum).all():\n",
+        "        clipped_sum = np.nan_to_num(clipped_sum, posinf=0.0, neginf=0.0)\n"
+        "        if not np.isfinite(clipped_sum).all():\n",
         (f"{T_NOISE}a_sum_that_is_not_finite_is_not_released",),
-        fails_by=("RuntimeWarning",),
     ),
     Mutant(
         "a_vector_that_is_not_finite_is_not_dropped",
@@ -655,15 +655,6 @@ MUTANTS = (
         (f"{T_CLIPPING}a_layer_that_runs_twice_is_refused",),
     ),
     Mutant(
-        "a_layer_that_does_not_run_gets_no_noise",
-        BEYOND,
-        CLIPPING,
-        "if missing := set(self._layers) - {name for name, _, _ in self._calls}:",
-        "if missing := set(self._layers) - {*self._layers}:",
-        (f"{T_CLIPPING}a_layer_that_does_not_run_is_refused",),
-        fails_by=("KeyError",),
-    ),
-    Mutant(
         "weights_may_be_shared",
         BEYOND,
         CLIPPING,
@@ -799,8 +790,7 @@ MUTANTS = (
         PLAN,
         "self.noise_parameter, self.num_classes, self.labels_per_unit)",
         "self.noise_parameter, self.num_classes, 1)",
-        (f"{T_CALIBRATION}the_labels_of_a_person_are_all_charged",),
-        fails_by=("AccountingError",),
+        (f"{T_ONE_PLACE}released_labels_do_what_their_event_says",),
     ),
     Mutant(
         "the_number_of_released_latents_is_that_of_the_records",

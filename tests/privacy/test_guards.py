@@ -8,6 +8,7 @@ from dpldm_core.errors import UnsupportedLayerError
 from dpldm_core.privacy.clipping import BookKeeping
 from dpldm_core.privacy.engine import check_bounded
 from dpldm_core.privacy.layers import ROUNDING, Outer
+from dpldm_core.privacy.opacus_backend import OpacusClipping
 
 
 def cancelling(seed):
@@ -65,3 +66,13 @@ def test_batch_norm_without_weights_is_refused_by_name(norm):
     """It has nothing to train, so no hook looks at it, and in evaluation mode it mixes no records: not yet."""
     with pytest.raises(UnsupportedLayerError, match="1 is BatchNorm1d: it mixes records"):
         BookKeeping(nn.Sequential(nn.Linear(4, 4), norm.eval()), max_norm=1.0)
+
+
+@pytest.mark.filterwarnings("ignore")  # opacus and torch warn of hooks
+def test_opacus_refuses_a_loss_that_would_broadcast():
+    """Of shape [B, 1], with gradients as they should be: only the shape tells."""
+    model, x = nn.Linear(3, 2), torch.randn(6, 3)
+    clip, mask = OpacusClipping(model, max_norm=1.0), torch.ones(6, dtype=torch.bool)
+    assert all(bool(torch.isfinite(s).all()) for s in clip.clipped_sum(lambda: model(x).square().sum(1), mask))
+    with pytest.raises(UnsupportedLayerError, match=r"shape \(6, 1\)"):
+        clip.clipped_sum(lambda: model(x).square().sum(1, keepdim=True), mask)
