@@ -2,9 +2,10 @@
 
 python benchmarks/audit.py --dataset mnist5k --epsilon 10 --preset quick
 
-The true code runs all stages with canaries. Each mutant is the engine with one fault while the claim stays the same;
-it runs the diffusion stage on the latents of the true run. ``seen_by`` names the bounds that exceed the claim: none may
-for the true code. Public data sets protect nobody, so the numbers may be shown.
+The true code runs all stages with canaries. Each mutant is the engine with one fault while the claim stays the same; it
+runs the diffusion stage on the latents of the true run, with one noise draw per record, which is faster and leaves the
+canaries' coordinates as they are. ``seen_by`` names the bounds that exceed the claim: none may for the true code. Public
+data sets protect nobody, so the numbers may be shown.
 """
 
 from __future__ import annotations
@@ -41,11 +42,12 @@ def seen_by(found: RunBounds) -> list[str]:
 
 def run_mutant(mutant, arguments, decision, latents, folder: Path) -> dict:
     """The diffusion stage with one fault in its engine."""
-    started = time.perf_counter()
+    started, config = time.perf_counter(), decision.request.config
+    config = config.model_copy(update={"diffusion": config.diffusion.model_copy(update={"noise_multiplicity": 1})})
     audit, key = CanaryAudit(arguments.mutant_canaries, SecretKey.generate()), SecretKey.generate()
     with mock.patch.object(private, "DpSgdEngine", mutant):
         run = stages.Run(folder, train=audit.train)
-        stages.train_diffusion(latents, 0.0, decision.request.config, decision.schema, decision.plan, key.derive, run)
+        stages.train_diffusion(latents, 0.0, config, decision.schema, decision.plan, key.derive, run)
     found = audit.bounds(decision.plan, [DIFFUSION], CONFIDENCE)
     result = {
         "fault": mutant.__doc__,

@@ -21,6 +21,7 @@ from dpldm_core.errors import AuditError
 from dpldm_core.privacy import accounting
 from dpldm_core.privacy.accounting import NeighboringRelation
 from dpldm_core.privacy.audit_bounds import Bounds, two_sample_bound
+from dpldm_core.privacy.discrete import DiscreteGaussianNoise
 from dpldm_core.privacy.engine import DpSgdEngine
 from dpldm_core.privacy.noise import SENSITIVITY_SLACK, GaussianNoise
 from dpldm_core.privacy.plan import DpSgdPlan
@@ -28,7 +29,7 @@ from dpldm_core.rng import SecretKey
 
 TRIALS = 20_000
 _ADD_OR_REMOVE = NeighboringRelation.ADD_OR_REMOVE_ONE
-_RECORDING = threading.Lock()
+_RECORDING = threading.RLock()
 Data = TypeVar("Data")
 
 
@@ -74,7 +75,7 @@ class Recording:
 
     Args:
         calls: In order: ("batch", rows) of each padded batch, ("noise", coordinates, digest of the draw) of each sum.
-        sums: float64 [coordinates] of each noisy sum. Private.
+        sums: [coordinates] of each sum before continuous noise. Private.
     """
 
     calls: list[tuple[Any, ...]] = field(default_factory=list)
@@ -85,12 +86,17 @@ class Recording:
 def recording() -> Iterator[Recording]:
     """Record every padded batch and every noisy sum of this process; one recording at a time."""
     seen = Recording()
-    add, sample = GaussianNoise.add, DpSgdPlan.sample_batch
+    add, draw, sample = GaussianNoise.add, DiscreteGaussianNoise.draw, DpSgdPlan.sample_batch
 
     def recorded_add(self: GaussianNoise, clipped_sum: np.ndarray, noise: np.ndarray) -> np.ndarray:
         seen.calls.append(("noise", noise.size, hash(noise.tobytes())))
         seen.sums.append(clipped_sum.copy())
         return add(self, clipped_sum, noise)
+
+    def recorded_draw(self: DiscreteGaussianNoise, size: int) -> np.ndarray:
+        noise = draw(self, size)
+        seen.calls.append(("noise", size, hash(noise.tobytes())))
+        return noise
 
     def recorded_sample(self: DpSgdPlan, key: SecretKey, step: int, num_units: int) -> np.ndarray:
         batch = sample(self, key, step, num_units)
@@ -98,20 +104,25 @@ def recording() -> Iterator[Recording]:
         return batch
 
     with _RECORDING:
-        GaussianNoise.add, DpSgdPlan.sample_batch = recorded_add, recorded_sample  # type: ignore[method-assign]
+        GaussianNoise.add = recorded_add  # type: ignore[method-assign]
+        DiscreteGaussianNoise.draw = recorded_draw  # type: ignore[method-assign]
+        DpSgdPlan.sample_batch = recorded_sample  # type: ignore[method-assign]
         try:
             yield seen
         finally:
-            GaussianNoise.add, DpSgdPlan.sample_batch = add, sample  # type: ignore[method-assign]
+            GaussianNoise.add = add  # type: ignore[method-assign]
+            DiscreteGaussianNoise.draw = draw  # type: ignore[method-assign]
+            DpSgdPlan.sample_batch = sample  # type: ignore[method-assign]
 
 
 def record_and_replay(
-    mechanism: Callable[[Data], object], data: Data, neighbour: Data, *, sensitivity: float
+    mechanism: Callable[[Data], np.ndarray | None], data: Data, neighbour: Data, *, sensitivity: float
 ) -> list[float]:
     """Run a mechanism on two neighbouring data sets with the same key and compare all that it does.
 
     Args:
-        mechanism: Builds its engine or noise from a fixed key, and runs on the data given.
+        mechanism: Builds its engine or noise from a fixed key, and runs on the data given. Counts that it returns are
+            compared too: with equal noise they differ as the exact ones do.
         data: A private data set.
         neighbour: The same but for one unit.
         sensitivity: Declared: how far, in L2, one unit may move any of the exact sums.
@@ -125,7 +136,9 @@ def record_and_replay(
     runs = []
     for records in (data, neighbour):
         with recording() as seen:
-            mechanism(records)
+            released = mechanism(records)
+        if released is not None:
+            seen.sums.append(released)
         runs.append(seen)
     first, second = runs
     if first.calls != second.calls:

@@ -22,8 +22,8 @@ from dpldm_core.privacy.audit_bounds import (
     two_sample_bound,
 )
 from dpldm_core.privacy.engine import DpSgdEngine
-from dpldm_core.privacy.one_shot import noisy_class_moments
-from dpldm_core.privacy.plan import DpSgdPlan, GaussianSumPlan
+from dpldm_core.privacy.one_shot import noisy_class_moments, noisy_histogram
+from dpldm_core.privacy.plan import DpSgdPlan, GaussianSumPlan, HistogramPlan
 from dpldm_core.rng import SecretKey
 
 KEY = SecretKey(bytes(range(32)))
@@ -222,11 +222,26 @@ def moments(weight=1.0):
     return run
 
 
-@pytest.mark.parametrize(("mechanism", "sensitivity"), [(dp_sgd(), C), (moments(), 1.0)], ids=["dp_sgd", "moments"])
-def test_replay_on_neighbours(mechanism, sensitivity):
+def counts(charged=1, recounted=1):
+    """Records of a unit in bins by their sign."""
+
+    def run(data):
+        plan = HistogramPlan(stage="s", num_bins=2, max_records_per_unit=charged, noise_multiplier=3.0)
+        bins = (data[:, 0] > 0).long().numpy().repeat(recounted)
+        return noisy_histogram(plan, KEY, bins, np.arange(len(bins))[:, None])
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("mechanism", "sensitivity", "sums"),
+    [(dp_sgd(), C, 6), (moments(), 1.0, 1), (counts(), 1.0, 1)],
+    ids=["dp_sgd", "moments", "counts"],
+)
+def test_replay_on_neighbours(mechanism, sensitivity, sums):
     data = torch.randn(17, 3, generator=torch.Generator().manual_seed(1))
     moved = record_and_replay(mechanism, data, data[:16], sensitivity=sensitivity)
-    assert len(moved) in (1, 6) and 0.9 < max(moved) <= 1.001
+    assert len(moved) == sums and 0.9 < max(moved) <= 1.001
 
 
 @pytest.mark.parametrize(
@@ -237,13 +252,14 @@ def test_replay_on_neighbours(mechanism, sensitivity):
         (dp_sgd(SizeOfTheData, max_batch_size=None), "depends on the data"),
         (dp_sgd(NoiseFromTheData), "depends on the data"),
         (moments(weight=3.0), "moves sum"),
+        (counts(recounted=2), "moves sum"),
     ],
-    ids=["unclipped", "skips_empty", "size_of_data", "noise_from_data", "weights_above_one"],
+    ids=["unclipped", "skips_empty", "size_of_data", "noise_from_data", "weights_above_one", "counted_twice"],
 )
 def test_replay_finds_faults(mechanism, message, request):
     n = 2 if "empty" in request.node.name else 17
     data = torch.randn(17, 3, generator=torch.Generator().manual_seed(1))
-    sensitivity = 1.0 if "moments" in mechanism.__qualname__ else C
+    sensitivity = C if "dp_sgd" in mechanism.__qualname__ else 1.0
     with pytest.raises(AuditError, match=message):
         record_and_replay(mechanism, data[:n], data[: n - 1], sensitivity=sensitivity)
 
