@@ -3,9 +3,9 @@
 python benchmarks/audit.py --dataset mnist5k --epsilon 10 --preset quick
 
 The true code runs all stages with canaries. Each mutant is the engine with one fault while the claim stays the same; it
-runs the diffusion stage on the latents of the true run, with one noise draw per record, which is faster and leaves the
-canaries' coordinates as they are. ``seen_by`` names the bounds that exceed the claim: none may for the true code. Public
-data sets protect nobody, so the numbers may be shown.
+runs the diffusion stage on the latents of the true run, with one noise draw per record: faster, and the canaries'
+coordinates are as before. ``seen_by`` names the bounds that exceed the claim: none may for the true code. Public data
+sets protect nobody, so the numbers may be shown.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 
@@ -6,6 +7,7 @@ from dpldm_core.errors import ConfigError
 from dpldm_core.release.auditing import audit_release
 from dpldm_core.release.opening import check_request
 
+COMMITTED = sorted((Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "audit").glob("*.json"))
 RESULT = {
     "dataset": "mnist5k",
     "preset": "quick",
@@ -39,6 +41,21 @@ def test_result_becomes_part_of_the_configuration_and_its_path_does_not(tmp_path
     resolved = request(tmp_path).config
     assert (resolved.audit.dataset, resolved.audit.epsilon_lower_bound) == ("mnist5k", 2.8)
     assert "audit.json" not in resolved.model_dump_json() and "runs" not in resolved.model_dump()["audit"]
+
+
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.stem)
+def test_committed_audits_clear_the_code_convict_the_mutants_and_can_be_shown(path, tmp_path):
+    """What issue 3 asks for; ``seen_by`` is recomputed."""
+    result = json.loads(path.read_text())
+
+    def seen(run):
+        return [name for name in ("steinke", "f_dp", "gdp_lower") if run[name] > run["claim"]]
+
+    assert not any(seen(run) for run in result["runs"])
+    assert all(step["epsilon_lower_bound"] <= step["claim"] for step in result["steps"])
+    assert all(seen(run) == run["seen_by"] for run in result["mutants"].values())
+    assert sum(bool(seen(run)) for run in result["mutants"].values()) >= 5
+    assert request(tmp_path, **result).config.audit.epsilon_lower_bound == result["epsilon_lower_bound"]
 
 
 @pytest.mark.parametrize(
