@@ -32,4 +32,4 @@ def audit_stages(dataset: str, epsilon: float, delta: float, preset: str, num_ca
         cache_dir=download_folder(),
     )
     print(done.summary())
-    return Audit(str(done.path), done.report.claim, done.report.epsilon_lower_bound)
+    return Audit(done.path, done.report.claim, done.report.epsilon_lower_bound)

@@ -34,7 +34,7 @@ def audit_pipeline(
         delta: Its delta.
         preset: quick, cpu or gpu.
         num_canaries: Made-up records, each in the data with probability 1/2; more give tighter bounds.
-        out: Folder that the result is written to.
+        out: Folder or s3:// URI that the result is written to.
 
     Returns:
         The result file, the claim and the lower bound. Name the file as ``audit`` in a release's config to show it.

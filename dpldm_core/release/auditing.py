@@ -5,13 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import fsspec
+
 from dpldm_core.data.ingest import ingest_dataset
 from dpldm_core.data.sources import BUILTIN_DATASETS
 from dpldm_core.errors import ConfigError
 from dpldm_core.privacy.audit import TRIALS, AuditReport
 from dpldm_core.release.opening import check_request, decide
 from dpldm_core.rng import SecretKey
-from dpldm_core.storage import is_remote
+from dpldm_core.storage import is_remote, local_path
 from dpldm_core.training.audited import CanaryAudit, audit_report, audit_stages, step_bounds
 
 CONFIDENCE = 0.95
@@ -23,11 +25,11 @@ class Audited:
     """A finished audit.
 
     Args:
-        path: Where its result was written.
+        path: Path or URI of its result.
         report: What it found.
     """
 
-    path: Path
+    path: str
     report: AuditReport
 
     def summary(self) -> str:
@@ -61,7 +63,7 @@ def audit_release(
         delta: Asked for the whole release.
         preset: Name of a preset.
         num_canaries: At least 100; a few thousand show most.
-        out: Local folder that the result is written to.
+        out: Folder or URI that the result is written to.
         work: Scratch folder.
         data_root: Folder with MNIST and Fashion-MNIST.
         cache_dir: Where torchvision downloads to.
@@ -79,8 +81,6 @@ def audit_release(
         raise ConfigError(
             f"num_canaries={num_canaries} must be {MIN_CANARIES} or more; 5000 shows most of what there is"
         )
-    if is_remote(out):
-        raise ConfigError(f"out={out!r} must be a local folder")
     request = check_request(
         dataset=dataset,
         epsilon=epsilon,
@@ -107,7 +107,26 @@ def audit_release(
     audit_stages(train, config, decision.schema, plan, audit, SecretKey.generate(), work)
     steps = step_bounds(plan, SecretKey.generate(), CONFIDENCE, trials=trials)
     report = audit_report(audit, config, plan, CONFIDENCE, steps)
-    path = Path(out) / f"{dataset}-eps{epsilon:g}-{preset}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(report.model_dump_json(indent=1) + "\n")
+    path = write_report(out, f"{dataset}-eps{epsilon:g}-{preset}.json", report)
     return Audited(path, report)
+
+
+def write_report(out: str, name: str, report: AuditReport) -> str:
+    """Write the result of an audit; an earlier one of that name is replaced.
+
+    Args:
+        out: Folder or URI.
+        name: Of the file.
+        report: What the audit found.
+
+    Returns:
+        Path or URI of the file.
+    """
+    text, place = report.model_dump_json(indent=1) + "\n", f"{out.rstrip('/')}/{name}"
+    if is_remote(out):
+        filesystem, path = fsspec.core.url_to_fs(place)
+        filesystem.pipe_file(path, text.encode())
+        return place
+    local_path(out).mkdir(parents=True, exist_ok=True)
+    local_path(place).write_text(text)
+    return str(local_path(place))

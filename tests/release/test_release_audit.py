@@ -4,8 +4,9 @@ from pathlib import Path
 import pytest
 
 from dpldm_core.errors import ConfigError
-from dpldm_core.release.auditing import audit_release
-from dpldm_core.release.opening import check_request
+from dpldm_core.privacy.audit import AuditReport
+from dpldm_core.release.auditing import audit_release, write_report
+from dpldm_core.release.opening import check_request, read_audit_note
 
 COMMITTED = sorted((Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "audit").glob("*.json"))
 RESULT = {
@@ -87,12 +88,20 @@ def test_other_file_is_refused(tmp_path):
         )
 
 
+@pytest.mark.parametrize("place", ["memory://audits", "{}/a/b/", "file://{}/c"])
+def test_result_is_written_anywhere_and_read_back(place, tmp_path):
+    values = {name: RESULT[name] for name in RESULT if name != "runs"}
+    report = AuditReport(**values, delta=1e-5, runs=(), steps=())
+    for _ in range(2):
+        path = write_report(place.format(tmp_path), "x.json", report)
+    assert read_audit_note(path, "quick") == values
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"dataset": "scans.npz"}, "runs on public data only"),
         ({"num_canaries": 99}, "num_canaries=99"),
-        ({"out": "s3://bucket/audits"}, "must be a local folder"),
         ({"preset": "quik"}, "did you mean 'quick'"),
     ],
 )
