@@ -76,6 +76,7 @@ T_PLAN, T_REPORT = map(_T.format, ("plan", "report"))
 T_RNG, T_SPLIT = "tests/test_rng.py::test_", "tests/data/test_split.py::test_"
 T_LOOP, T_UNITS, T_STAGES = (f"tests/training/test_{name}.py::test_" for name in ("private", "units", "stage_batches"))
 T_MEASURING, T_VERIFY = (f"tests/release/test_release_{name}.py::test_" for name in ("measuring", "verify"))
+T_TRAPS = "tests/tasks/test_traps.py::test_"
 T_PIPELINE = "tests/tasks/test_release_pipeline.py::test_"
 
 _CLEAN_GRADIENT = "draw(units.fetch(torch.arange(units.num_units)), generator)"
@@ -832,6 +833,15 @@ MUTANTS = (
         "        epsilon = accounting.epsilon(events, delta, relation)\n",
         '        epsilon = report["epsilon"]\n',
         (f"{T_VERIFY}a_report_that_its_events_contradict_fails_with_every_hash_right",),
+    ),
+    Mutant(
+        "the_lineage_names_the_private_file_by_its_digest",
+        BEYOND,
+        "tasks/_tracking.py",
+        'self._dataset(uri, "private_data", "training", digest="private")',
+        'self._dataset(uri, "private_data", "training", digest=__import__("hashlib").md5(Path(uri).read_bytes())'
+        ".hexdigest())",
+        (f"{T_TRAPS}no_fingerprint_of_private_data_leaves",),
     ),
     # Beyond the list: accounting
     Mutant(
