@@ -101,9 +101,17 @@ class DpSgdEngine:
             batch = fetch(chosen.clamp(min=0))
             mask = (chosen >= 0).to(next(iter(batch.values())).device)
             sums = self._clip.clipped_sum(lambda batch=batch: self._loss(self._model, batch), mask)  # type: ignore[misc]
-            total += torch.cat([s.flatten() for s in sums]).cpu().numpy()
+            self._add_to(total, sums)
         self._set_gradients(self._noise.add(_sum_over_processes(total), noise.result()))
         self._last_step = step
+
+    @staticmethod
+    def _add_to(total: np.ndarray, sums: list[Tensor]) -> None:
+        """Add one chunk's sums to the flat float64 total."""
+        offset = 0
+        for part in sums:
+            total[offset : offset + part.numel()] += part.flatten().cpu().numpy()
+            offset += part.numel()
 
     def _take_noise(self, step: int) -> Future[np.ndarray]:
         """The noise of this step; that of the next is drawn meanwhile on an idle thread."""

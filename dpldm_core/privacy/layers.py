@@ -2,8 +2,8 @@
 
 A contribution knows the squared norm of its part of every unit's gradient, and the sum of these parts with a factor for
 each unit. Two kinds suffice. ``Outer``: the part is a sum of outer products over the unit's M rows (records, noise
-draws, tokens, pixels), so its norm comes from M x M Gram matrices or directly, whichever is cheaper, and no per-unit
-gradient is formed. ``Direct``: the per-unit gradient itself, for parameters that are vectors.
+draws, tokens), so its norm comes from M x M Gram matrices and no per-unit gradient is formed. ``Direct``: the per-unit
+gradient itself, where that is smaller than the rows: vectors, and weights that many rows (pixels) share.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from dpldm_core.errors import UnsupportedLayerError
 ROUNDING = 1e-5  # relative to (sum_m |a_m| |b_m|)^2, above float32's error for up to 10^4 terms
 # Relative to sum_m |a_m| |b_m|: bfloat16 rounds each factor of a product by at most 2^-8. Float32's is in ROUNDING.
 PRODUCT_ERROR = {"float32": 0.0, "bfloat16": (1 + 2.0**-8) ** 2 - 1}
+
+_CHUNK = 32  # images whose receptive fields are copied at a time: they stay in the cache
 
 
 @dataclass
@@ -40,16 +42,14 @@ class Outer:
             product_error: Relative error of the products in :meth:`weighted_sums`, from PRODUCT_ERROR.
         """
         a, b, bias = self.a, self.b, float(self.bias is not None)  # a bias is a weight whose input is always one
-        a_squared = torch.linalg.vector_norm(a, dim=2).square_() + bias
-        b_squared = torch.linalg.vector_norm(b, dim=2).square_()
         if a.shape[1] == 1:
-            return (a_squared * b_squared)[:, 0] * ((1 + ROUNDING) * (1 + product_error) ** 2)
-        before_cancelling = (a_squared * b_squared).sqrt_().sum(1)
-        if a.shape[1] * (a.shape[2] + b.shape[2]) <= a.shape[2] * b.shape[2]:
-            squared = ((a @ a.transpose(1, 2) + bias) * (b @ b.transpose(1, 2))).sum((1, 2))
-        else:
-            squared = (b.transpose(1, 2) @ a).square_().sum((1, 2)) + bias * b.sum(1).square_().sum(1)
-        squared = squared.clamp_(min=0) + ROUNDING * before_cancelling.square()
+            squared = (torch.linalg.vector_norm(a, dim=2).square_() + bias) * torch.linalg.vector_norm(
+                b, dim=2
+            ).square_()
+            return squared[:, 0] * ((1 + ROUNDING) * (1 + product_error) ** 2)
+        products = (a @ a.transpose(1, 2) + bias) * (b @ b.transpose(1, 2))
+        before_cancelling = products.diagonal(dim1=1, dim2=2).sqrt().sum(1)
+        squared = products.sum((1, 2)).clamp_(min=0) + ROUNDING * before_cancelling.square()
         return (squared.sqrt_() + product_error * before_cancelling).square_() if product_error else squared
 
     def drop(self, keep: Tensor) -> None:
@@ -67,9 +67,9 @@ class Outer:
 
 @dataclass
 class Direct:
-    """The per-unit gradient of a vector of parameters."""
+    """The per-unit gradient of a parameter. Norm and sum read the same numbers: nothing is lost where rows cancel."""
 
-    gradient: Tensor  # [units, size]
+    gradient: Tensor  # [units, size of the parameter]
     parameter: Tensor
 
     def squared_norms(self, product_error: float) -> Tensor:
@@ -122,32 +122,51 @@ def _trainable(parameter: Tensor | None) -> Tensor | None:
 
 
 def _linear(layer: nn.Linear, a: Tensor, b: Tensor, units: int) -> list[Contribution]:
-    rows = a.reshape(units, -1, layer.in_features), b.reshape(units, -1, layer.out_features)
-    return [Outer(*rows, layer.weight, _trainable(layer.bias))]
+    a, b = a.reshape(units, -1, layer.in_features), b.reshape(units, -1, layer.out_features)
+    bias = _trainable(layer.bias)
+    if a.shape[1] * (a.shape[2] + b.shape[2]) <= a.shape[2] * b.shape[2] or a.shape[1] == 1:
+        return [Outer(a, b, layer.weight, bias)]
+    found: list[Contribution] = [Direct((b.transpose(1, 2) @ a).flatten(1), layer.weight)]
+    return [*found, Direct(b.sum(1), bias)] if bias is not None else found
 
 
 def _patches(x: Tensor, layer: nn.Conv2d | nn.ConvTranspose2d) -> Tensor:
-    """Receptive fields of a convolution as a strided view, [n, rows, columns, c, kh, kw]; no F.unfold."""
+    """Receptive fields of a convolution as a strided view, [n, c, kh, kw, rows, columns]; no F.unfold."""
     assert not isinstance(layer.padding, str)  # refused by _check_conv
     (kh, kw), (sh, sw), (ph, pw) = layer.kernel_size, layer.stride, layer.padding
-    return F.pad(x, (pw, pw, ph, ph)).unfold(2, kh, sh).unfold(3, kw, sw).permute(0, 2, 3, 1, 4, 5)
+    return F.pad(x, (pw, pw, ph, ph)).unfold(2, kh, sh).unfold(3, kw, sw).permute(0, 1, 4, 5, 2, 3)
 
 
 def _conv(layer: nn.Conv2d, a: Tensor, b: Tensor, units: int) -> list[Contribution]:
-    """Every output pixel is one row: its receptive field and its gradient."""
-    fields = _patches(a, layer).reshape(units, -1, layer.weight[0].numel())
-    gradients = b.permute(0, 2, 3, 1).reshape(units, -1, layer.out_channels)
-    return [Outer(fields, gradients, layer.weight, _trainable(layer.bias))]
+    """The sum over output pixels of their gradient times their receptive field."""
+    per_image = [
+        y.flatten(2) @ _patches(x, layer).reshape(len(x), -1, y[0, 0].numel()).transpose(1, 2)
+        for x, y in zip(a.split(_CHUNK), b.split(_CHUNK), strict=True)
+    ]
+    return _convolution(layer, torch.cat(per_image), b, units)
 
 
 def _conv_transpose(layer: nn.ConvTranspose2d, a: Tensor, b: Tensor, units: int) -> list[Contribution]:
-    """The adjoint: every input pixel is one row, with the gradients of the output pixels that it reaches."""
-    reached = _patches(b, layer)[:, : a.shape[2], : a.shape[3]].reshape(units, -1, layer.weight[0].numel())
-    pixels = a.permute(0, 2, 3, 1).reshape(units, -1, layer.in_channels)
-    found: list[Contribution] = [Outer(reached, pixels, layer.weight, None)]
+    """The adjoint: the sum over input pixels of their value times the gradients of the output pixels they reach."""
+    height, width = a.shape[2:]
+    per_image = [
+        x.flatten(2) @ _patches(y, layer)[..., :height, :width].reshape(len(x), -1, height * width).transpose(1, 2)
+        for x, y in zip(a.split(_CHUNK), b.split(_CHUNK), strict=True)
+    ]
+    return _convolution(layer, torch.cat(per_image), b, units)
+
+
+def _convolution(layer: nn.Conv2d | nn.ConvTranspose2d, per_image: Tensor, b: Tensor, units: int) -> list[Contribution]:
+    found: list[Contribution] = [Direct(_over_rows(per_image, units), layer.weight)]
     if (bias := _trainable(layer.bias)) is not None:
-        found.append(Direct(b.sum((2, 3)).reshape(units, -1, layer.out_channels).sum(1), bias))
+        found.append(Direct(_over_rows(b.sum((2, 3)), units), bias))
     return found
+
+
+def _over_rows(per_row: Tensor, units: int) -> Tensor:
+    """Sum over the consecutive rows of each unit, [units, size]."""
+    rows = per_row.reshape(units, -1, per_row[0].numel())
+    return rows[:, 0] if rows.shape[1] == 1 else rows.sum(1)
 
 
 def _embedding(layer: nn.Embedding, a: Tensor, b: Tensor, units: int) -> list[Contribution]:
