@@ -112,7 +112,7 @@ def _survival(mutant, copy):
         if not failed:
             return f"{killer} passes"
         if not any(s["when"] == "call" and proper & set(s["errors"]) for s in failed):
-            return f"{killer} fails by {failed[0]['errors'][:1]} in {failed[0]['when']}, not by an assertion"
+            return f"{killer} fails by {failed[0]['errors']} in {failed[0]['when']}, not by an assertion"
     return ""
 
 

@@ -727,7 +727,7 @@ MUTANTS = (
         ONE_SHOT,
         "MEAN = Split(0.1, math.sqrt(1 - 0.1**2), 0.0)",
         "MEAN = Split(0.1, 1.0, 0.0)",
-        (f"{T_ONE_SHOT}one_unit_moves_what_is_summed_by_at_most_its_sensitivity",),
+        (f"{T_GUARDS}the_parts_of_one_record_have_norm_one_together[mean]",),
     ),
     Mutant(
         "counts_of_a_person_are_charged_as_one",

@@ -14,10 +14,17 @@ def pytest_addoption(parser):
     parser.addoption("--witness", type=Path, help="file to write to")
 
 
+def kinds(error):
+    """Names of an exception's classes; of a group (hypothesis raises them), those that all of its members have."""
+    if isinstance(error, BaseExceptionGroup):
+        return set.intersection(*(kinds(member) for member in error.exceptions))
+    return {kind.__name__ for kind in type(error).__mro__}
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
     report = yield
-    errors = [kind.__name__ for kind in call.excinfo.type.__mro__] if call.excinfo else []
+    errors = sorted(kinds(call.excinfo.value)) if call.excinfo else []
     _SEEN.append({"test": item.nodeid, "when": call.when, "outcome": report.outcome, "errors": errors})
     return report
 

@@ -1,4 +1,4 @@
-"""Guards of the clip, one at a time: rounding where a unit's rows cancel, buffers, batch statistics."""
+"""Guards of the clip, one at a time: rounding where a unit's rows cancel, buffers, batch statistics, stacked parts."""
 
 import pytest
 import torch
@@ -8,6 +8,7 @@ from dpldm_core.errors import UnsupportedLayerError
 from dpldm_core.privacy.clipping import BookKeeping
 from dpldm_core.privacy.engine import check_bounded
 from dpldm_core.privacy.layers import ROUNDING, Outer
+from dpldm_core.privacy.one_shot import CLASS_MOMENTS, MEAN, SECOND, moment_contributions
 from dpldm_core.privacy.opacus_backend import OpacusClipping
 
 
@@ -76,3 +77,11 @@ def test_opacus_refuses_a_loss_that_would_broadcast():
     assert all(bool(torch.isfinite(s).all()) for s in clip.clipped_sum(lambda: model(x).square().sum(1), mask))
     with pytest.raises(UnsupportedLayerError, match=r"shape \(6, 1\)"):
         clip.clipped_sum(lambda: model(x).square().sum(1, keepdim=True), mask)
+
+
+@pytest.mark.parametrize("split", [CLASS_MOMENTS, MEAN, SECOND], ids=["class_moments", "mean", "second"])
+def test_the_parts_of_one_record_have_norm_one_together(split):
+    """Count, vector and outer product of a record at or beyond the clip norm: their sensitivity is met, not passed."""
+    for vector in ([0.0, 3.0, 0.0], [1.0, -2.0, 2.0], [50.0, 80.0, -1e6]):
+        parts = moment_contributions(torch.tensor([vector]), torch.ones(1), clip_norm=3.0, split=split)
+        assert float(parts.norm()) == pytest.approx(1.0, abs=1e-7)
