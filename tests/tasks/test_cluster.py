@@ -83,10 +83,12 @@ def test_a_release_by_processes_of_their_own_survives_a_killed_stage(package, ma
     config.write_text(json.dumps({"performance": {"checkpoint_every": 1}, "diffusion": {"dp_sgd": {"num_steps": 6}}}))
     inputs = {"dataset": own_data, "preset": "smoke", "num_samples": 20, "epsilon": 5.0, "delta": 1e-5}
     inputs |= {"latent_mechanism": "dp_sgd", "budget_epsilon": 0.0, "out": str(machine / "out"), "config": str(config)}
+    inputs |= {"publish_metrics": True}
     run = cluster(package, machine, kill_first_attempt_of="tasks.diffusion.train_diffusion")
     done = run.run("workflows.release.release_pipeline", inputs)
     assert run.attempts.count(("tasks.diffusion.train_diffusion", 1)) == 1, "it was killed once and retried"
-    assert verify_bundle(done["bundle"]).release_id == done["release_id"]
+    found = verify_bundle(done["bundle"])
+    assert found.release_id == done["release_id"] and found.report.events[-1].stage == "released_accuracy"
     books = Ledger(run.env["DPLDM_LEDGER_URL"]).books()
     assert books.spent(own_data) == pytest.approx(done["epsilon"], abs=1e-9)
     client = mlflow.MlflowClient(run.env["MLFLOW_TRACKING_URI"])
