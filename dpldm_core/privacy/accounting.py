@@ -45,6 +45,7 @@ __all__ = [
 
 VALUE_DISCRETIZATION_INTERVAL = 1e-3
 _MOST_COPIES = 10_000
+_PLD_ROUNDING = 0.02  # what discretisation adds at most; it shows where epsilon itself is below 0.2
 # Share of delta kept back for the truncation of Poisson batches (docs/decisions/0006).
 TRUNCATION_DELTA_SHARE = 1e-6
 
@@ -175,7 +176,7 @@ def cross_check(events: Sequence[DpEvent], delta: float, relation: NeighboringRe
         upper = rdp_epsilon(events, delta)
         prv_lower, prv_upper = prv_epsilon(gaussian_steps(events), delta)
         checks = {"pld": ours, "prv_lower": prv_lower, "prv_upper": prv_upper, "rdp": upper}
-        agree = prv_lower <= ours <= prv_upper + 1e-3 * ours and ours <= upper + 1e-6
+        agree = prv_lower <= ours <= prv_upper + 1e-3 * ours and ours <= upper + _PLD_ROUNDING
     else:
         gaussian, pure = _split_pure(events)
         lower = epsilon(gaussian, delta, NeighboringRelation.ADD_OR_REMOVE_ONE)
@@ -305,11 +306,12 @@ def solve_scale(
         AccountingError: No scale meets the target.
     """
     aim = math.log(target_epsilon * (1 - rel_tol / 2))
+    coarse = VALUE_DISCRETIZATION_INTERVAL * min(4.0, max(1.0, target_epsilon / 2))
     tried: dict[float, float] = {}
 
     def excess(log_scale: float) -> float:
         if log_scale not in tried:
-            tried[log_scale] = epsilon(events_of(math.exp(log_scale)), delta, relation)
+            tried[log_scale] = epsilon(events_of(math.exp(log_scale)), delta, relation, interval=coarse)
         return math.log(max(tried[log_scale], 1e-12)) - aim
 
     low = high = math.log(
@@ -325,7 +327,13 @@ def solve_scale(
             raise AccountingError(f"epsilon={target_epsilon} cannot be spent by this plan at delta={delta}")
     if low < high:
         brentq(excess, low, high, xtol=rel_tol / 10)
-    return math.exp(max(x for x, spent in tried.items() if spent <= target_epsilon))
+    found = max(x for x, spent in tried.items() if spent <= target_epsilon)
+    # A coarse bound is looser, so this scale is safe; epsilon grows about as it does, which gives the rest back.
+    spent = epsilon(events_of(math.exp(found)), delta, relation)
+    raised = found + aim - math.log(max(spent, 1e-12))
+    if raised > found and epsilon(events_of(math.exp(raised)), delta, relation) <= target_epsilon:
+        found = raised
+    return math.exp(found)
 
 
 def accountant_versions() -> dict[str, str]:

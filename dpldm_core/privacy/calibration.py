@@ -155,7 +155,9 @@ def calibrate(
 def _check_truncation(plan: ReleasePlan) -> None:
     """Refuse a plan whose cut batches could cost more than the share of delta that is kept for them."""
     mass = sum(m.num_steps * m.truncation_probability for m in plan.mechanisms if isinstance(m, DpSgdPlan))
-    worst = (1.0 + math.exp(min(plan.epsilon(NeighboringRelation.REPLACE_ONE), 600.0))) * mass
+    coarse = 8 * accounting.VALUE_DISCRETIZATION_INTERVAL  # still an upper bound, and fast
+    replaced = accounting.epsilon(plan.events(), plan.delta, NeighboringRelation.REPLACE_ONE, interval=coarse)
+    worst = (1.0 + math.exp(min(replaced, 600.0))) * mass
     if worst > accounting.TRUNCATION_DELTA_SHARE * plan.delta:
         raise AccountingError(f"cut batches may cost {worst:.3g} of delta, more than is kept for them")
 
