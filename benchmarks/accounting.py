@@ -1,7 +1,8 @@
 """Calibrating whole releases, the anchors, and three accountants on 50 plans: python benchmarks/accounting.py [--json].
 
 Every row of the grid is a two-stage release plus one Gaussian sum. They agree when PRV's interval reaches PLD's upper
-bound from below, and RDP lies above PLD. Calibration is timed on the wall and on the processor: the machine may be shared.
+bound from below, and RDP lies above PLD. Calibration is timed on the wall and on the processor: others may share
+the machine.
 """
 
 from __future__ import annotations
@@ -76,7 +77,8 @@ def seconds_to_calibrate(preset: str, epsilon: float, rounds: int) -> dict[str, 
         plan_release(config, num_classes=10, latent_dim=196, grouped=False)
         seconds.append((time.perf_counter() - wall, time.process_time() - cpu))
     return {
-        name: round(statistics.median(found), 3) for name, found in zip(("wall", "cpu"), zip(*seconds, strict=False), strict=True)
+        name: round(statistics.median(found), 3)
+        for name, found in zip(("wall", "cpu"), zip(*seconds, strict=False), strict=True)
     }
 
 

@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from _machine import describe_machine
 
 from dpldm_core.data.ingest import ingest_dataset
+from dpldm_core.privacy.calibration import TEACHER
 from dpldm_core.release.measuring import evaluate_files
 from dpldm_core.release.opening import check_request, decide
 from dpldm_core.release.publishing import publish_release
@@ -91,8 +92,12 @@ def release_and_measure(arguments: argparse.Namespace, folder: Path) -> dict:
         latents, noise_std = stages.extract_latents(train, autoencoder, config, plan, keys.__getitem__, run)
     with clock.stage("train_diffusion"):
         denoiser, _ = stages.train_diffusion(latents, noise_std, config, schema, plan, keys.__getitem__, run)
+    models = {"decoder": decoder, "denoiser": denoiser}
+    with clock.stage("train_teacher"):
+        if TEACHER in plan.stages():
+            files = train, autoencoder, decoder, denoiser
+            models["teacher"] = stages.train_teacher(*files, config, plan, keys[TEACHER], run)
     with clock.stage("sample"):
-        models = {"decoder": decoder, "denoiser": denoiser}
         part = write_shard(folder, 0, config, schema.model_dump_json(), noise_std=noise_std, num_shards=1, **models)
     with clock.stage("publish"):
         published = publish_release(
@@ -122,7 +127,16 @@ def release_and_measure(arguments: argparse.Namespace, folder: Path) -> dict:
             inception_weights=arguments.inception_weights or None,
         )
     result = json.loads((folder / "evaluation.json").read_text())
-    made = ("open", "ingest", "train_autoencoder", "extract_latents", "train_diffusion", "sample", "publish")
+    made = (
+        "open",
+        "ingest",
+        "train_autoencoder",
+        "extract_latents",
+        "train_diffusion",
+        "train_teacher",
+        "sample",
+        "publish",
+    )
     print(f"accuracy {numbers.get('train_on_synthetic_accuracy.mean')}", flush=True)
     return {
         "dataset": arguments.dataset,

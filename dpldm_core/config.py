@@ -23,7 +23,7 @@ class DpSgdConfig(_Frozen):
     sample_rate: float = Field(gt=0, le=1, description="Poisson inclusion probability of a unit per step; public")
     num_steps: int = Field(ge=1, description="logical optimizer steps")
     max_grad_norm: float = Field(gt=0, description="per-unit L2 clip norm")
-    learning_rate: float = Field(gt=0, description="Adam's, for gradients whose noise has unit variance")
+    learning_rate: float = Field(gt=0, description="of the stage's optimizer")
     ema_decay: float = Field(ge=0, lt=1, description="of the average over steps")
     budget_share: float = Field(gt=0, le=1, description="share of the squared Gaussian-DP budget; all shares sum to 1")
 
@@ -56,6 +56,17 @@ class DiffusionConfig(_Frozen):
     P_mean: float = Field(description="mean of ln sigma in training")
     P_std: float = Field(gt=0, description="standard deviation of ln sigma in training")
     noise_multiplicity: int = Field(ge=1, description="noise draws per record, averaged before the clip; free")
+    dp_sgd: DpSgdConfig
+
+
+class TeacherConfig(_Frozen):
+    """The label teacher, which names the classes of the synthetic images. Used by latent_mechanism dp_sgd only."""
+
+    num_synthetic: int = Field(ge=2, description="synthetic images that its features are learnt from; free")
+    num_epochs: int = Field(ge=1, description="epochs on them")
+    num_features: int = Field(ge=1, description="principal directions of its features that are kept")
+    ridge: float = Field(gt=0, description="added to the variance of a direction, in units of their mean")
+    expected_batch_size: int = Field(ge=1, description="public; divides the summed gradient")
     dp_sgd: DpSgdConfig
 
 
@@ -134,6 +145,7 @@ class ReleaseConfig(_Frozen):
     autoencoder: AutoencoderConfig
     prior: PriorConfig
     diffusion: DiffusionConfig
+    teacher: TeacherConfig
     noised_latents: NoisedLatentsConfig
     sampling: SamplingConfig
     evaluation: EvaluationConfig

@@ -20,11 +20,17 @@ from dpldm_core.errors import ConfigError, unknown_name
 # Assumed when own data comes without a declared num_records: it moves speed and quality, never the guarantee.
 REFERENCE_RECORDS = 4_000
 MECHANISMS = ("dp_sgd", "noised_latents")
+_MOST = 0.5  # largest sample rate
 
 
 def _dp_sgd(batch: int, num_records: int, **values: float) -> dict[str, Any]:
     """A DP-SGD block whose rate gives about ``batch`` units a step when there are ``num_records`` of them."""
-    return {"sample_rate": min(0.5, batch / num_records), **values}
+    return {"sample_rate": min(_MOST, batch / num_records), **values}
+
+
+def _batch(batch: int, num_records: int) -> int:
+    """What such a rate really gives."""
+    return max(1, round(min(_MOST * num_records, batch)))
 
 
 def _quick(num_records: int) -> dict[str, Any]:
@@ -37,7 +43,7 @@ def _quick(num_records: int) -> dict[str, Any]:
             "procedural_steps": 300,
             "procedural_batch_size": 128,
             "dp_sgd": _dp_sgd(
-                256, num_records, num_steps=40, max_grad_norm=0.1, learning_rate=2e-3, ema_decay=0.9, budget_share=0.1
+                256, num_records, num_steps=40, max_grad_norm=0.1, learning_rate=2e-3, ema_decay=0.9, budget_share=0.05
             ),
         },
         "prior": {"clip_norm": 0.9, "variance_floor": 0.01, "class_weight": 0.2, "budget_share": 0.5},
@@ -55,7 +61,17 @@ def _quick(num_records: int) -> dict[str, Any]:
                 max_grad_norm=0.5,
                 learning_rate=1e-3,
                 ema_decay=0.97,
-                budget_share=0.4,
+                budget_share=0.3,
+            ),
+        },
+        "teacher": {
+            "num_synthetic": 10_000,
+            "num_epochs": 3,
+            "num_features": 256,
+            "ridge": 1.0,
+            "expected_batch_size": _batch(2048, num_records),
+            "dp_sgd": _dp_sgd(
+                2048, num_records, num_steps=60, max_grad_norm=0.5, learning_rate=60.0, ema_decay=0.9, budget_share=0.15
             ),
         },
         "noised_latents": {"autoencoder_share": 0.1, "label_share": 0.3, "num_steps": 200, "batch_size": 512},
@@ -86,11 +102,18 @@ def _cpu(num_records: int) -> dict[str, Any]:
             512, num_records, num_steps=80, max_grad_norm=0.1, learning_rate=2e-3, ema_decay=0.9, budget_share=0.05
         ),
     }
-    values["prior"]["budget_share"] = 0.45
+    values["prior"]["budget_share"] = 0.5
     values["diffusion"] |= {
         "noise_multiplicity": 8,
         "dp_sgd": _dp_sgd(
-            2048, num_records, num_steps=400, max_grad_norm=0.5, learning_rate=1e-3, ema_decay=0.98, budget_share=0.5
+            2048, num_records, num_steps=400, max_grad_norm=0.5, learning_rate=1e-3, ema_decay=0.98, budget_share=0.3
+        ),
+    }
+    values["teacher"] |= {
+        "num_synthetic": 30_000,
+        "expected_batch_size": _batch(4096, num_records),
+        "dp_sgd": _dp_sgd(
+            4096, num_records, num_steps=100, max_grad_norm=0.5, learning_rate=60.0, ema_decay=0.9, budget_share=0.15
         ),
     }
     values["sampling"] |= {"num_samples": 60_000, "num_steps": 18, "num_shards": 4}
@@ -105,7 +128,7 @@ def _gpu(num_records: int) -> dict[str, Any]:
         "width": 512,
         "noise_multiplicity": 16,
         "dp_sgd": _dp_sgd(
-            4096, num_records, num_steps=1_500, max_grad_norm=0.5, learning_rate=1e-3, ema_decay=0.99, budget_share=0.5
+            4096, num_records, num_steps=1_500, max_grad_norm=0.5, learning_rate=1e-3, ema_decay=0.99, budget_share=0.3
         ),
     }
     values["performance"] |= {"physical_batch_size": 4096}
@@ -124,6 +147,8 @@ def _smoke(num_records: int) -> dict[str, Any]:
     values["autoencoder"]["dp_sgd"] |= {"num_steps": 2}
     values["diffusion"] |= {"width": 16, "depth": 1, "noise_multiplicity": 2}
     values["diffusion"]["dp_sgd"] |= {"num_steps": 2}
+    values["teacher"] |= {"num_synthetic": 64, "num_epochs": 1, "num_features": 8}
+    values["teacher"]["dp_sgd"] |= {"num_steps": 2}
     values["noised_latents"] |= {"num_steps": 2, "batch_size": 32}
     values["sampling"] |= {"num_samples": 64, "num_steps": 3}
     values["evaluation"] = {"num_epochs": 1, "num_seeds": 1, "max_frechet_images": 64, "metrics_share": 0.01}

@@ -90,6 +90,18 @@ class DiffusionModel(_Artifact):
     events: str
 
 
+class Teacher(_Artifact):
+    """The label teacher: public. No file where the release has none (noised latents, or no labels)."""
+
+    teacher: FlyteFile | None
+    run_id: str
+    events: str
+
+    def file(self) -> str | None:
+        """Local path of the model file, if there is one."""
+        return self.teacher.download() if self.teacher else None
+
+
 class Shard(_Artifact):
     """A part of the synthetic images: public."""
 
@@ -116,5 +128,6 @@ HashedPrivateData = Annotated[PrivateData, HashMethod(content_of)]
 HashedCodec = Annotated[Codec, HashMethod(content_of)]
 HashedLatents = Annotated[Latents, HashMethod(content_of)]
 HashedDiffusionModel = Annotated[DiffusionModel, HashMethod(content_of)]
+HashedTeacher = Annotated[Teacher, HashMethod(content_of)]
 HashedShard = Annotated[Shard, HashMethod(content_of)]
 HashedEvaluation = Annotated[Evaluation, HashMethod(content_of)]

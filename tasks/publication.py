@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from tasks._resources import SMALL, dpldm_task, execution_id, open_ledger, work_folder
-from tasks.artifacts import Codec, DiffusionModel, Evaluation, Release, Shard
+from tasks.artifacts import Codec, DiffusionModel, Evaluation, Release, Shard, Teacher
 
 
 class Published(NamedTuple):
@@ -19,7 +19,12 @@ class Published(NamedTuple):
 
 @dpldm_task(**SMALL)
 def publish(
-    release: Release, codec: Codec, model: DiffusionModel, shards: list[Shard], evaluation: Evaluation
+    release: Release,
+    codec: Codec,
+    model: DiffusionModel,
+    teacher: Teacher,
+    shards: list[Shard],
+    evaluation: Evaluation,
 ) -> Published:
     """Write and verify the bundle, close the ledger entry, register the model. Only what was paid for goes in."""
     from dpldm_core.privacy.plan import ReleasePlan
@@ -29,6 +34,8 @@ def publish(
     with _tracking.child_run(release.run_id, "publish") as run:
         parts = [shard.images.download() for shard in shards]
         files = {"decoder": codec.decoder.download(), "denoiser": model.denoiser.download()}
+        if judge := teacher.file():
+            files["teacher"] = judge
         done = publish_release(
             release.out,
             release.release_id,
@@ -44,7 +51,8 @@ def publish(
             metrics=evaluation.released_metrics,
         )
         open_ledger().publish(release.entry_id, bundle_digest=done.digest)
-        run.params(codec_by=codec.run_id, model_by=model.run_id, evaluated_by=evaluation.run_id)
+        made_by = {"codec_by": codec.run_id, "model_by": model.run_id, "teacher_by": teacher.run_id}
+        run.params(**made_by, evaluated_by=evaluation.run_id)
     parent, plan = _tracking.Run(release.run_id), ReleasePlan.model_validate_json(release.plan)
     parent.stage(plan, [mechanism.stage for mechanism in plan.mechanisms])
     parent.private_input(release.account)

@@ -15,6 +15,7 @@ from tasks.latents import extract_latents
 from tasks.opening import close_failed_release, open_release
 from tasks.publication import publish, resample
 from tasks.sampling import sample_shard
+from tasks.teacher import train_teacher
 
 
 class Result(NamedTuple):
@@ -72,9 +73,11 @@ def release_pipeline(
     codec = train_autoencoder(release=release, data=data)
     latents = extract_latents(release=release, data=data, codec=codec)
     model = train_diffusion(release=release, latents=latents)
-    images = map_task(partial(sample_shard, release=release, codec=codec, model=model))(shard=shards)
+    teacher = train_teacher(release=release, data=data, codec=codec, model=model)
+    draw = partial(sample_shard, release=release, codec=codec, model=model, teacher=teacher)
+    images = map_task(draw)(shard=shards)
     measured = evaluate(release=release, data=data, shards=images)
-    done = publish(release=release, codec=codec, model=model, shards=images, evaluation=measured)
+    done = publish(release=release, codec=codec, model=model, teacher=teacher, shards=images, evaluation=measured)
     return Result(done.bundle, done.release_id, done.epsilon, done.delta)
 
 

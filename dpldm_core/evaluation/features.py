@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from dpldm_core.errors import ConfigError
-from dpldm_core.evaluation.downstream import SmallCnn, device, to_pixels
+from dpldm_core.models.classifier import SmallCnn, device, to_pixels
 
 _BATCH_SIZE = 50
 

@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 
 from dpldm_core.errors import DataError
-from dpldm_core.evaluation.downstream import SmallCnn, held_out_accuracy, train_classifier
+from dpldm_core.evaluation.downstream import held_out_accuracy
 from dpldm_core.evaluation.features import classifier_extractor, inception_extractor
 from dpldm_core.evaluation.frechet import FrechetResult, frechet_distances
 from dpldm_core.evaluation.memorisation import Memorisation, measure_memorisation
+from dpldm_core.models.classifier import SmallCnn, train_classifier
 
 Records = tuple[np.ndarray, np.ndarray]
 

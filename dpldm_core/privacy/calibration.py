@@ -20,7 +20,7 @@ from dpldm_core.privacy.plan import (
     chernoff_cap,
 )
 
-AUTOENCODER, PRIOR, DIFFUSION = "train_autoencoder", "latent_prior", "train_diffusion"
+AUTOENCODER, PRIOR, DIFFUSION, TEACHER = "train_autoencoder", "latent_prior", "train_diffusion", "train_teacher"
 LATENTS, LABELS = "extract_latents", "extract_labels"
 METRICS = "released_accuracy"
 _UNSET = 1.0  # noise of a mechanism before calibration
@@ -53,7 +53,11 @@ def plan_release(config: ReleaseConfig, *, num_classes: int, latent_dim: int, gr
             (_dp_sgd(AUTOENCODER, config.autoencoder.dp_sgd), config.autoencoder.dp_sgd.budget_share),
             (GaussianSumPlan(stage=PRIOR, max_norm=1.0, noise_multiplier=_UNSET), config.prior.budget_share),
             (_dp_sgd(DIFFUSION, config.diffusion.dp_sgd), config.diffusion.dp_sgd.budget_share),
+            (_dp_sgd(TEACHER, config.teacher.dp_sgd), config.teacher.dp_sgd.budget_share),
         ]
+        if num_classes == 1:  # nothing to teach: its share goes to the others
+            *mechanisms, (_, unused) = mechanisms
+            mechanisms = [(mechanism, share / (1.0 - unused)) for mechanism, share in mechanisms]
     else:
         shares = config.noised_latents
         label_share = shares.label_share if num_classes > 1 else 0.0
@@ -155,7 +159,7 @@ def calibrate(
 def _check_truncation(plan: ReleasePlan) -> None:
     """Refuse a plan whose cut batches could cost more than the share of delta that is kept for them."""
     mass = sum(m.num_steps * m.truncation_probability for m in plan.mechanisms if isinstance(m, DpSgdPlan))
-    coarse = 8 * accounting.VALUE_DISCRETIZATION_INTERVAL  # still an upper bound, and fast
+    coarse = 4 * accounting.VALUE_DISCRETIZATION_INTERVAL  # still an upper bound, and fast
     replaced = accounting.epsilon(plan.events(), plan.delta, NeighboringRelation.REPLACE_ONE, interval=coarse)
     worst = (1.0 + math.exp(min(replaced, 600.0))) * mass
     if worst > accounting.TRUNCATION_DELTA_SHARE * plan.delta:
@@ -196,10 +200,10 @@ def dp_sgd_multiplier(mu: float, *, sample_rate: float, num_steps: int) -> float
 
 
 def truncation_probability(*, delta: float, epsilon: float, num_steps: int) -> float:
-    """Chance of a cut batch per step so that all cuts together fit the share of delta kept for them.
+    """Chance of a cut batch per step so that the cuts of up to four stages fit the share of delta kept for them.
 
     A step that differs from exact Poisson sampling with probability tau costs at most (1 + e^epsilon) tau of delta.
     """
     return min(
-        1e-9, accounting.TRUNCATION_DELTA_SHARE * delta / (2 * num_steps * (1.0 + math.exp(min(epsilon, 600.0))))
+        1e-9, accounting.TRUNCATION_DELTA_SHARE * delta / (4 * num_steps * (1.0 + math.exp(min(epsilon, 600.0))))
     )

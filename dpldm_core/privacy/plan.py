@@ -210,6 +210,10 @@ class ReleasePlan(_Frozen):
                     raise AccountingError(f"{m.stage} shows how many records there are: state it under REPLACE_ONE")
         return accounting.epsilon(self.events(), self.delta, relation)
 
+    def stages(self) -> list[str]:
+        """Names of all private mechanisms, in order."""
+        return [m.stage for m in self.mechanisms]
+
     def mechanism(self, stage: str) -> MechanismPlan:
         """The plan of one stage.
 

@@ -19,7 +19,7 @@ from dpldm_core.rng import SecretKey
 from dpldm_core.threads import choose_threads
 
 if TYPE_CHECKING:
-    from dpldm_core.evaluation.downstream import SmallCnn
+    from dpldm_core.models.classifier import SmallCnn
 
 FIRST_SEED = 0
 
@@ -46,7 +46,8 @@ def release_accuracy(
     """
     if not config.publish_metrics:
         return "", None
-    from dpldm_core.evaluation.downstream import predicted_right, train_classifier
+    from dpldm_core.evaluation.downstream import predicted_right
+    from dpldm_core.models.classifier import train_classifier
     from dpldm_core.privacy.one_shot import noisy_histogram
 
     choose_threads()

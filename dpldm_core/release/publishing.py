@@ -154,6 +154,7 @@ def resample_release(bundle: str, num_samples: int, seed: int, out: str, work: P
             decoder=models["decoder"],
             denoiser=models["denoiser"],
             noise_std=noise_std,
+            teacher=models.get("teacher"),
             num_shards=1,
         )
         report = parent.model_copy(update={"release_id": release_id, "parent_release_id": parent.release_id})

@@ -23,6 +23,7 @@ def write_shard(
     decoder: str | Path,
     denoiser: str | Path,
     noise_std: float,
+    teacher: str | Path | None = None,
     num_shards: int | None = None,
 ) -> Path:
     """Draw one shard and write it.
@@ -35,16 +36,20 @@ def write_shard(
         decoder: Public model file.
         denoiser: Public model file.
         noise_std: Noise of the latents that the denoiser was trained on.
+        teacher: Public model file that names the classes, if the release has one.
         num_shards: Shards in all; the configuration's when not given.
 
     Returns:
         Path of the parquet file.
     """
-    from dpldm_core.training.stages import sample_images, shard_indices
+    from dpldm_core.training.sampling import sample_images, shard_indices
 
     schema = ImageSchema.model_validate_json(schema_json)
     indices = shard_indices(config.num_samples, shard, num_shards or config.sampling.num_shards)
-    images, labels = sample_images(Path(decoder), Path(denoiser), config, schema, indices, noise_std=noise_std)
+    judge = Path(teacher) if teacher else None
+    images, labels = sample_images(
+        Path(decoder), Path(denoiser), config, schema, indices, noise_std=noise_std, teacher=judge
+    )
     path = folder / f"shard-{shard:05d}.parquet"
     write_synthetic_parquet(path, images, labels, schema.class_names, schema.labelled)
     return path

@@ -21,6 +21,7 @@ from dpldm_core.privacy import accounting
 from dpldm_core.privacy.accounting import NeighboringRelation
 from dpldm_core.privacy.audit import TRIALS, AuditReport, CanaryScores, RunBounds, StepBound, single_step_audit
 from dpldm_core.privacy.audit_bounds import one_run_bounds
+from dpldm_core.privacy.calibration import TEACHER
 from dpldm_core.privacy.engine import Batch, BatchLoss
 from dpldm_core.privacy.plan import DpSgdPlan, ReleasePlan, chernoff_cap
 from dpldm_core.rng import SecretKey
@@ -191,9 +192,11 @@ def audit_stages(
     run = stages.Run(folder, train=audit.train)
     keys = {m.stage: key.derive(m.stage) for m in plan.mechanisms}
     first = plan.mechanisms[0].stage
-    autoencoder, _, _ = stages.train_codec(train, config, plan, keys[first], run)
+    autoencoder, decoder, _ = stages.train_codec(train, config, plan, keys[first], run)
     latents, noise_std = stages.extract_latents(train, autoencoder, config, plan, keys.__getitem__, run)
-    stages.train_diffusion(latents, noise_std, config, schema, plan, keys.__getitem__, run)
+    denoiser, _ = stages.train_diffusion(latents, noise_std, config, schema, plan, keys.__getitem__, run)
+    if TEACHER in plan.stages():
+        stages.train_teacher(train, autoencoder, decoder, denoiser, config, plan, keys[TEACHER], run)
 
 
 def audit_report(

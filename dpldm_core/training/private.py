@@ -32,6 +32,7 @@ def train_private(
     draw: Draw,
     num_classes: int,
     learning_rate: float,
+    momentum: float | None = None,
     ema_decay: float,
     performance: PerformanceConfig,
     binding: str,
@@ -51,7 +52,9 @@ def train_private(
         loss: One loss per unit.
         draw: Adds a step's random draws (diffusion times and noise) to a batch. They are secret, see rng.py.
         num_classes: Public number of classes.
-        learning_rate: Of Adam; gradients arrive with noise of unit variance.
+        learning_rate: Gradients arrive with noise of unit variance.
+        momentum: Of SGD; None takes Adam. Adam evens out the steps of all weights, which few weights on good features
+            do not need (docs/research.md).
         ema_decay: Of the average over steps.
         performance: What cannot change the guarantee.
         binding: Digest of plan, data and code; a checkpoint with another one is refused.
@@ -63,7 +66,11 @@ def train_private(
         The averaged model, in eval mode.
     """
     trainable = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.Adam(trainable, lr=learning_rate, betas=(0.9, 0.99))
+    optimizer: torch.optim.Optimizer = (
+        torch.optim.Adam(trainable, lr=learning_rate, betas=(0.9, 0.99))
+        if momentum is None
+        else torch.optim.SGD(trainable, lr=learning_rate, momentum=momentum)
+    )
     state = TrainState(0, model, Ema(model, ema_decay), optimizer, binding)
     if checkpoint is not None:
         state.restore(checkpoint)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,25 +14,24 @@ from torch import Tensor
 
 from dpldm_core.config import ReleaseConfig
 from dpldm_core.data.schema import ImageSchema, Records, group_table, read_records
-from dpldm_core.diffusion.sampler import heun_sampler, sample_noise
-from dpldm_core.diffusion.schedule import sampling_sigmas
 from dpldm_core.models.autoencoder import Autoencoder
-from dpldm_core.models.denoiser import Denoiser
-from dpldm_core.privacy.calibration import AUTOENCODER, DIFFUSION, LABELS, LATENTS, PRIOR
+from dpldm_core.privacy.calibration import AUTOENCODER, DIFFUSION, LABELS, LATENTS, PRIOR, TEACHER
 from dpldm_core.privacy.one_shot import noisy_records
 from dpldm_core.privacy.plan import GaussianRecordPlan, GaussianSumPlan, ReleasePlan
 from dpldm_core.rng import SecretKey
 from dpldm_core.threads import choose_threads
-from dpldm_core.training.autoencoder import build_autoencoder, encode, pretrain_on_procedural, train_autoencoder
+from dpldm_core.training.autoencoder import encode, pretrain_on_procedural, train_autoencoder
+from dpldm_core.training.building import new_autoencoder, new_denoiser, new_teacher, to_tensor, to_uint8
 from dpldm_core.training.diffusion import (
-    build_denoiser,
     fit_released_prior,
     release_prior,
     train_denoiser,
     train_denoiser_on_released,
 )
 from dpldm_core.training.private import OnStep, TrainLoop, train_private
+from dpldm_core.training.sampling import sample_images
 from dpldm_core.training.state import load_model, save_model
+from dpldm_core.training.teacher import learn_features, train_head
 from dpldm_core.training.units import Units
 
 StageKey = Callable[[str], SecretKey]
@@ -81,31 +80,6 @@ def binding_of(data: str | Path, plan_json: str) -> str:
     digest = hashlib.sha256(plan_json.encode())
     digest.update(Path(data).read_bytes())
     return digest.hexdigest()
-
-
-def to_tensor(images: np.ndarray) -> Tensor:
-    """uint8 [n, h, w, c] to float32 [n, c, h, w] in [-1, 1]."""
-    return torch.from_numpy(images).permute(0, 3, 1, 2).float().div(127.5).sub(1.0).contiguous()
-
-
-def to_uint8(images: Tensor) -> np.ndarray:
-    """float32 [n, c, h, w] in [-1, 1] to uint8 [n, h, w, c]; the inverse of :func:`to_tensor`."""
-    return images.clamp(-1, 1).add(1.0).mul(127.5).round().byte().permute(0, 2, 3, 1).contiguous().cpu().numpy()
-
-
-def new_autoencoder(config: ReleaseConfig, schema: ImageSchema) -> Autoencoder:
-    """The untrained autoencoder of a release."""
-    return build_autoencoder(
-        config.autoencoder, channels=schema.channels, height=schema.height, width=schema.width, seed=config.seed
-    )
-
-
-def new_denoiser(config: ReleaseConfig, schema: ImageSchema, latent_noise: float) -> Denoiser:
-    """The untrained denoiser of a release."""
-    dim = new_autoencoder(config, schema).latent_dim
-    return build_denoiser(
-        config.diffusion, dim=dim, num_classes=schema.num_classes, seed=config.seed, latent_noise=latent_noise
-    )
 
 
 def train_codec(
@@ -230,63 +204,56 @@ def train_diffusion(
     return path, curve
 
 
-@torch.no_grad()
-def sample_images(
+def train_teacher(
+    train: Path,
+    autoencoder: Path,
     decoder: Path,
     denoiser: Path,
     config: ReleaseConfig,
-    schema: ImageSchema,
-    indices: Sequence[int],
-    *,
-    noise_std: float = 0.0,
-    batch_size: int = 1000,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Draw synthetic images; sample i depends on (seed, i) alone, whatever shard or batch it is drawn in.
+    plan: ReleasePlan,
+    key: SecretKey,
+    run: Run,
+) -> Path:
+    """The label teacher: it learns what synthetic images look like, then, with DP-SGD, which class they belong to.
 
-    Labels are uniform over the classes: the proportions of the private data are not read.
+    The private images pass through the autoencoder first, so that the teacher meets both kinds with the same softness.
 
     Args:
+        train: Private training records.
+        autoencoder: The whole trained model.
         decoder: Public model file.
         denoiser: Public model file.
         config: The resolved configuration.
-        schema: Public schema.
-        indices: Which samples, from 0.
-        noise_std: Noise of the latents that the denoiser was trained on.
-        batch_size: Samples at a time.
+        plan: The release's plan.
+        key: Secret key of the stage.
+        run: Folder, checkpoint and callbacks.
 
     Returns:
-        Images uint8 [n, h, w, c] and labels int64 [n].
+        The teacher, a public model file.
     """
-    choose_threads()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    autoencoder, model = new_autoencoder(config, schema), new_denoiser(config, schema, noise_std)
-    load_model(autoencoder.decoder, decoder)
-    load_model(model, denoiser)
-    autoencoder.decoder.eval().to(device)
-    model.eval().to(device)
-    scale = model.sigma_data / config.diffusion.sigma_data
-    settings = config.sampling
-    sigmas = scale * sampling_sigmas(settings.num_steps, sigma_min=settings.sigma_min, sigma_max=settings.sigma_max)
-    images, labels = [], []
-    for start in range(0, len(indices), batch_size):
-        chunk = list(indices[start : start + batch_size])
-        class_labels = torch.tensor(chunk) % schema.num_classes
-        noise = sample_noise(config.seed, chunk, num_draws=settings.num_steps + 2, dim=model.dim).to(device)
-        latents = heun_sampler(model, noise[:-1], class_labels.to(device), sigmas=sigmas, S_churn=settings.S_churn)
-        if noise_std > 0:
-            latents = model.prior.posterior_sample(latents, noise_std, class_labels.to(device), noise[-1])
-        images.append(to_uint8(autoencoder.decoder(latents)))
-        labels.append(class_labels.numpy())
-    return np.concatenate(images), np.concatenate(labels)
+    records = read_records(train)
+    schema = records.schema
+    teacher = new_teacher(config, schema)
+    others = range(config.num_samples, config.num_samples + config.teacher.num_synthetic)
+    images, labels = sample_images(decoder, denoiser, config, schema, others)
+    learn_features(teacher, images, labels, config.teacher, seed=config.seed)
+    codec = new_autoencoder(config, schema)
+    load_model(codec, autoencoder)
+    features = teacher.features(reconstruct(codec.to(run.device), to_tensor(records.images)))
+    units = _units(records, features, config).to(run.device)
+    mechanism = plan.mechanism(TEACHER)
+    train_head(teacher, units, mechanism, key, config.teacher, **run.loop(config, schema.num_classes))  # type: ignore[arg-type]
+    path = run.folder / "teacher.safetensors"
+    save_model(teacher, path)
+    return path
 
 
-def shard_indices(num_samples: int, shard: int, num_shards: int) -> range:
-    """The samples of one shard: consecutive, sizes as equal as can be.
-
-    >>> [list(shard_indices(5, s, 2)) for s in range(2)]
-    [[0, 1], [2, 3, 4]]
-    """
-    return range(shard * num_samples // num_shards, (shard + 1) * num_samples // num_shards)
+@torch.no_grad()
+def reconstruct(autoencoder: Autoencoder, images: Tensor, *, batch_size: int = 1000) -> np.ndarray:
+    """Private images after encoding and decoding (private), uint8 [n, h, w, c]."""
+    autoencoder.eval()
+    device = next(autoencoder.parameters()).device
+    return np.concatenate([to_uint8(autoencoder(chunk.to(device))) for chunk in images.split(batch_size)])
 
 
 def _units(records: Records, values: Tensor, config: ReleaseConfig) -> Units:

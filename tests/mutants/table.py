@@ -880,9 +880,9 @@ MUTANTS = (
         "a_plan_is_calibrated_with_batches_cut_too_often",
         BEYOND,
         CALIBRATION,
-        "accounting.TRUNCATION_DELTA_SHARE * delta / (2 * num_steps",
-        "delta / (2 * num_steps",
-        (f"{T_CALIBRATION}two_stages_of_cut_batches_fit_the_share",),
+        "accounting.TRUNCATION_DELTA_SHARE * delta / (4 * num_steps",
+        "delta / (4 * num_steps",
+        (f"{T_CALIBRATION}four_stages_of_cut_batches_fit_the_share",),
     ),
     Mutant(
         "randomized_response_is_charged_once",

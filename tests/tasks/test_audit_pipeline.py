@@ -10,7 +10,7 @@ from dpldm_core.release.verify import verify_bundle
 from workflows.audit import audit_pipeline
 from workflows.release import release_pipeline
 
-STAGES = ["train_autoencoder", "train_diffusion"]
+STAGES = ["train_autoencoder", "train_diffusion", "train_teacher"]
 
 
 def test_audit_writes_bounds_releases_nothing_and_its_result_is_shown(machine, small_mnist, ledger, monkeypatch):

@@ -16,7 +16,12 @@ from tests.tasks.cluster import Cluster, NodeFailedError, Package
 ROOT = Path(__file__).resolve().parents[2]
 PYFLYTE = str(Path(sys.executable).with_name("pyflyte"))
 IMAGES = ["--image", "dpldm/cpu:t", "--image", "cpu=dpldm/cpu:t", "--image", "gpu=dpldm/gpu:t"]
-GPU_TASKS = {"tasks.autoencoder.train_autoencoder", "tasks.diffusion.train_diffusion", "tasks.evaluation.evaluate"}
+GPU_TASKS = {
+    "tasks.autoencoder.train_autoencoder",
+    "tasks.diffusion.train_diffusion",
+    "tasks.teacher.train_teacher",
+    "tasks.evaluation.evaluate",
+}
 
 
 @pytest.fixture(scope="module")

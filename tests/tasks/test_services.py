@@ -87,7 +87,7 @@ def test_a_release_on_an_mlflow_server_and_a_postgresql_ledger(mlflow_server, po
     assert parent.info.status == "FINISHED" and len(children) == 8
     assert client.get_model_version_by_alias("dpldm-x-npz", "current")
     folder = mlflow.artifacts.download_artifacts("models:/dpldm-x-npz@current", tracking_uri=mlflow_server)
-    assert {p.name for p in Path(folder).iterdir()} == {"decoder.safetensors", "denoiser.safetensors"}
+    assert {p.stem for p in Path(folder).iterdir()} == {"decoder", "denoiser", "teacher"}
 
 
 def test_data_and_bundle_in_s3(s3, machine, ledger):

@@ -10,7 +10,7 @@ from dpldm_core.privacy.clipping import BookKeeping
 from dpldm_core.privacy.engine import DpSgdEngine
 from dpldm_core.privacy.plan import DpSgdPlan, ReleasePlan
 from dpldm_core.rng import SecretKey
-from dpldm_core.training import stages
+from dpldm_core.training import building, stages
 from dpldm_core.training.autoencoder import reconstruction_loss, train_autoencoder
 from dpldm_core.training.diffusion import diffusion_loss, draw_diffusion, train_denoiser
 from dpldm_core.training.units import Units
@@ -58,7 +58,9 @@ def units_of(stage, seed=0):
 def model_of(stage, config):
     """With random weights: a layer that starts at zero would hide what is before it."""
     model = (
-        stages.new_autoencoder(config, SCHEMA) if stage == "autoencoder" else stages.new_denoiser(config, SCHEMA, 0.0)
+        building.new_autoencoder(config, SCHEMA)
+        if stage == "autoencoder"
+        else building.new_denoiser(config, SCHEMA, 0.0)
     )
     g = torch.Generator().manual_seed(7)
     with torch.no_grad():

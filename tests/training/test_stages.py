@@ -3,15 +3,20 @@
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from dpldm_core.data.ingest import ingest_dataset
+from dpldm_core.models.classifier import train_classifier
 from dpldm_core.presets import resolve_config
 from dpldm_core.privacy.calibration import plan_release
 from dpldm_core.rng import SecretKey
-from dpldm_core.training import stages
+from dpldm_core.training import building, sampling, stages
+from dpldm_core.training.state import load_model
 from tests.tasks.conftest import drawings
 
-KEYS = {name: SecretKey.generate() for name in ("train_autoencoder", "latent_prior", "train_diffusion")}
+KEYS = {
+    name: SecretKey.generate() for name in ("train_autoencoder", "latent_prior", "train_diffusion", "train_teacher")
+}
 
 
 @pytest.fixture(scope="module")
@@ -43,12 +48,14 @@ def trained(tmp_path_factory):
     autoencoder, decoder, curve = stages.train_codec(train, config, plan, KEYS["train_autoencoder"], run)
     latents, noise_std = stages.extract_latents(train, autoencoder, config, plan, KEYS.__getitem__, run)
     denoiser, private_curve = stages.train_diffusion(latents, noise_std, config, schema, plan, KEYS.__getitem__, run)
+    teacher = stages.train_teacher(train, autoencoder, decoder, denoiser, config, plan, KEYS["train_teacher"], run)
     assert len(curve) == 2 and private_curve == [], "only the curve of procedural images is public"
     return {
         "config": config,
         "schema": schema,
         "decoder": decoder,
         "denoiser": denoiser,
+        "teacher": teacher,
         "folder": folder,
         "train": train,
     }
@@ -56,7 +63,9 @@ def trained(tmp_path_factory):
 
 def draw(trained, indices, **options):
     config = options.pop("config", trained["config"])
-    return stages.sample_images(trained["decoder"], trained["denoiser"], config, trained["schema"], indices, **options)
+    return sampling.sample_images(
+        trained["decoder"], trained["denoiser"], config, trained["schema"], indices, **options
+    )
 
 
 def test_images_do_not_depend_on_batch_size_or_shard(trained):
@@ -66,7 +75,7 @@ def test_images_do_not_depend_on_batch_size_or_shard(trained):
         difference = np.abs(again.astype(int) - whole.astype(int))
         assert difference.max() <= 1 and (difference > 0).mean() < 1e-3, "float rounding alone"
         assert np.array_equal(labels, same_labels)
-    shards = [draw(trained, stages.shard_indices(60, s, 4))[0] for s in range(4)]
+    shards = [draw(trained, sampling.shard_indices(60, s, 4))[0] for s in range(4)]
     assert np.abs(np.concatenate(shards).astype(int) - whole.astype(int)).max() <= 1
 
 
@@ -81,16 +90,35 @@ def test_labels_are_uniform_whatever_the_private_proportions(trained):
     assert np.bincount(draw(trained, range(60))[1]).tolist() == [20, 20, 20]
 
 
+def test_a_teacher_names_the_classes_and_leaves_the_images_alone(trained):
+    plain, drawn_for = draw(trained, range(60))
+    images, named = draw(trained, range(60), teacher=trained["teacher"])
+    assert np.array_equal(images, plain)
+    judge = building.new_teacher(trained["config"], trained["schema"])
+    load_model(judge, trained["teacher"])
+    assert np.array_equal(named, judge.classify(plain)) and not np.array_equal(named, drawn_for)
+
+
+def test_the_teacher_learns_its_features_from_other_samples_than_are_published(trained):
+    config = trained["config"]
+    others = range(config.num_samples, config.num_samples + config.teacher.num_synthetic)
+    images, labels = draw(trained, others)
+    network = train_classifier(images, labels, num_classes=3, num_epochs=1, seed=config.seed)
+    stored = load_file(trained["teacher"])
+    for name, value in network.state_dict().items():
+        assert torch.allclose(stored[f"network.{name}"].float(), value.float(), atol=1e-4), name
+
+
 def test_pixels_round_trip():
     images = np.arange(256, dtype=np.uint8).reshape(4, 8, 8, 1)
-    assert np.array_equal(stages.to_uint8(stages.to_tensor(images)), images)
-    wide = stages.to_uint8(torch.tensor([[[[-7.0, 9.0]]]]))
+    assert np.array_equal(building.to_uint8(building.to_tensor(images)), images)
+    wide = building.to_uint8(torch.tensor([[[[-7.0, 9.0]]]]))
     assert wide.flatten().tolist() == [0, 255]
 
 
 def test_shards_cover_every_sample_once():
     for n, k in ((10, 3), (7, 7), (5, 1)):
-        assert [i for s in range(k) for i in stages.shard_indices(n, s, k)] == list(range(n))
+        assert [i for s in range(k) for i in sampling.shard_indices(n, s, k)] == list(range(n))
 
 
 def test_equal_keys_and_data_give_equal_models_and_a_changed_plan_or_file_another_binding(trained, tmp_path):

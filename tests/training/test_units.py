@@ -13,7 +13,8 @@ from dpldm_core.presets import resolve_config
 from dpldm_core.privacy.clipping import BookKeeping
 from dpldm_core.privacy.plan import GaussianRecordPlan, LabelPlan, ReleasePlan
 from dpldm_core.rng import SecretKey
-from dpldm_core.training.stages import Run, extract_latents, new_autoencoder
+from dpldm_core.training.building import new_autoencoder
+from dpldm_core.training.stages import Run, extract_latents
 from dpldm_core.training.state import save_model
 from dpldm_core.training.units import Units
 

@@ -1,0 +1,84 @@
+"""The label teacher: a linear classifier on fixed features that a small network learnt from synthetic images."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dpldm_core.models.classifier import SmallCnn, device, to_pixels
+
+_BATCH_SIZE = 500
+_SCALE_FLOOR = 0.1  # of the largest standard deviation, added to every feature's own
+_CONSTANT = 0.2  # of a typical feature vector's norm: the input of the bias
+
+
+class LabelTeacher(nn.Module):
+    """Names the class of an image.
+
+    The network and the statistics of its features come from synthetic images; only ``head`` ever meets private data
+    (after Tramer and Boneh 2021: few weights on good features need little privacy budget).
+
+    Args:
+        image_shape: (h, w, c).
+        num_classes: Outputs, 2 or more.
+        num_features: Principal directions of the hidden layers that are kept.
+        ridge: Added to the variance of each direction, in units of their mean, before it is scaled to one.
+    """
+
+    mean: Tensor
+    scale: Tensor
+    basis: Tensor
+    constant: Tensor
+
+    def __init__(self, image_shape: tuple[int, int, int], num_classes: int, *, num_features: int, ridge: float) -> None:
+        super().__init__()
+        self.ridge = ridge
+        self.network = SmallCnn(image_shape, num_classes).requires_grad_(False).eval()
+        hidden = self.network.num_hidden
+        self.register_buffer("mean", torch.zeros(hidden))
+        self.register_buffer("scale", torch.ones(hidden))
+        self.register_buffer("basis", torch.eye(hidden)[:, : min(num_features, hidden)].clone())
+        self.register_buffer("constant", torch.ones(()))
+        self.head = nn.Linear(min(num_features, hidden) + 1, num_classes, bias=False)
+        nn.init.zeros_(self.head.weight)
+
+    @torch.no_grad()
+    def fit_features(self, network: SmallCnn, images: np.ndarray) -> None:
+        """Take a trained network, and the principal directions of its features on some images.
+
+        Args:
+            network: Trained on synthetic images.
+            images: Synthetic, uint8 [n, h, w, c].
+        """
+        self.network.load_state_dict(network.state_dict())
+        hidden = self._hidden(images).double()
+        deviation = hidden.std(0)
+        mean, scale = hidden.mean(0), 1 / (deviation + _SCALE_FLOOR * deviation.max())
+        standard = (hidden - mean) * scale
+        variances, directions = torch.linalg.eigh(standard.T @ standard / len(standard))
+        kept = self.basis.shape[1]
+        variances, directions = variances[-kept:].clamp(min=0), directions[:, -kept:]
+        basis = directions * (variances + self.ridge * variances.mean()).rsqrt()
+        self.mean.copy_(mean)
+        self.scale.copy_(scale)
+        self.basis.copy_(basis)
+        self.constant.copy_(_CONSTANT * (standard @ basis).norm(dim=1).mean())
+
+    @torch.no_grad()
+    def features(self, images: np.ndarray) -> Tensor:
+        """Feature vectors of unit norm, float32 [n, num_features + 1], of uint8 images [n, h, w, c]."""
+        found = ((self._hidden(images) - self.mean) * self.scale) @ self.basis
+        found = torch.cat([found, self.constant.expand(len(found), 1)], dim=1)
+        return nn.functional.normalize(found, dim=1)
+
+    @torch.no_grad()
+    def classify(self, images: np.ndarray) -> np.ndarray:
+        """Class labels, int64 [n], of uint8 images [n, h, w, c]."""
+        return self.head(self.features(images)).argmax(1).cpu().numpy()
+
+    def _hidden(self, images: np.ndarray) -> Tensor:
+        where = device()
+        self.to(where)
+        chunks = [images[start : start + _BATCH_SIZE] for start in range(0, len(images), _BATCH_SIZE)]
+        return torch.cat([self.network.eval().hidden(to_pixels(chunk, where)) for chunk in chunks])

@@ -1,0 +1,83 @@
+"""Synthetic images from the public models of a release: post-processing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dpldm_core.config import ReleaseConfig
+from dpldm_core.data.schema import ImageSchema
+from dpldm_core.diffusion.sampler import heun_sampler, sample_noise
+from dpldm_core.diffusion.schedule import sampling_sigmas
+from dpldm_core.threads import choose_threads
+from dpldm_core.training.building import new_autoencoder, new_denoiser, new_teacher, to_uint8
+from dpldm_core.training.state import load_model
+
+
+@torch.no_grad()
+def sample_images(
+    decoder: Path,
+    denoiser: Path,
+    config: ReleaseConfig,
+    schema: ImageSchema,
+    indices: Sequence[int],
+    *,
+    noise_std: float = 0.0,
+    teacher: Path | None = None,
+    batch_size: int = 1000,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Draw synthetic images; sample i depends on (seed, i) alone, whatever shard or batch it is drawn in.
+
+    Images are drawn for every class alike: the proportions of the private data are not read.
+
+    Args:
+        decoder: Public model file.
+        denoiser: Public model file.
+        config: The resolved configuration.
+        schema: Public schema.
+        indices: Which samples, from 0.
+        noise_std: Noise of the latents that the denoiser was trained on.
+        teacher: Public model file that names the class of each image; None: the class that it was drawn for.
+        batch_size: Samples at a time.
+
+    Returns:
+        Images uint8 [n, h, w, c] and labels int64 [n].
+    """
+    choose_threads()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    autoencoder, model = new_autoencoder(config, schema), new_denoiser(config, schema, noise_std)
+    load_model(autoencoder.decoder, decoder)
+    load_model(model, denoiser)
+    autoencoder.decoder.eval().to(device)
+    model.eval().to(device)
+    scale = model.sigma_data / config.diffusion.sigma_data
+    settings = config.sampling
+    sigmas = scale * sampling_sigmas(settings.num_steps, sigma_min=settings.sigma_min, sigma_max=settings.sigma_max)
+    images, labels = [], []
+    for start in range(0, len(indices), batch_size):
+        chunk = list(indices[start : start + batch_size])
+        class_labels = torch.tensor(chunk) % schema.num_classes
+        noise = sample_noise(config.seed, chunk, num_draws=settings.num_steps + 2, dim=model.dim).to(device)
+        latents = heun_sampler(model, noise[:-1], class_labels.to(device), sigmas=sigmas, S_churn=settings.S_churn)
+        if noise_std > 0:
+            latents = model.prior.posterior_sample(latents, noise_std, class_labels.to(device), noise[-1])
+        images.append(to_uint8(autoencoder.decoder(latents)))
+        labels.append(class_labels.numpy())
+    drawn = np.concatenate(images)
+    if teacher is None:
+        return drawn, np.concatenate(labels)
+    judge = new_teacher(config, schema)
+    load_model(judge, teacher)
+    return drawn, judge.classify(drawn)
+
+
+def shard_indices(num_samples: int, shard: int, num_shards: int) -> range:
+    """The samples of one shard: consecutive, sizes as equal as can be.
+
+    >>> [list(shard_indices(5, s, 2)) for s in range(2)]
+    [[0, 1], [2, 3, 4]]
+    """
+    return range(shard * num_samples // num_shards, (shard + 1) * num_samples // num_shards)

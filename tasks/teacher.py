@@ -1,0 +1,37 @@
+"""train_teacher: the classifier that names the classes of the synthetic images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from flytekit.types.file import FlyteFile
+
+from tasks._resources import GPU_TASK, begin_stage, checkpoint, dpldm_task, work_folder
+from tasks.artifacts import PUBLIC, Codec, DiffusionModel, HashedTeacher, PrivateData, Release, Teacher
+
+
+@dpldm_task(**GPU_TASK)
+def train_teacher(release: Release, data: PrivateData, codec: Codec, model: DiffusionModel) -> HashedTeacher:
+    """Learn features from synthetic images, then a linear head on private ones with DP-SGD, if the plan has it."""
+    from dpldm_core.privacy.calibration import TEACHER
+    from dpldm_core.privacy.plan import ReleasePlan
+    from dpldm_core.training.stages import Run, binding_of
+    from dpldm_core.training.stages import train_teacher as train
+    from tasks import _tracking
+
+    plan = ReleasePlan.model_validate_json(release.plan)
+    with _tracking.child_run(release.run_id, TEACHER) as run:
+        if TEACHER not in plan.stages():
+            return Teacher(teacher=None, run_id=run.run_id, events=release.events_of([]), visibility=PUBLIC)
+        private = data.train.download()
+        autoencoder, decoder = Path(codec.autoencoder.download()), Path(codec.decoder.download())
+        denoiser = Path(model.denoiser.download())
+        key = begin_stage(release.entry_id, release.plan, TEACHER, private)
+        resume, save = checkpoint(TEACHER)
+        attempt = Run(work_folder(TEACHER), binding_of(private, release.plan), resume, save)
+        config = release.release_config()
+        path = train(Path(private), autoencoder, decoder, denoiser, config, plan, key, attempt)
+        run.stage(plan, [TEACHER])
+        run.private_input(release.account)
+        events = release.events_of([TEACHER])
+        return Teacher(teacher=FlyteFile(str(path)), run_id=run.run_id, events=events, visibility=PUBLIC)

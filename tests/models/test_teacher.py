@@ -1,0 +1,56 @@
+import numpy as np
+import pytest
+import torch
+
+from dpldm_core.models.classifier import SmallCnn, train_classifier
+from dpldm_core.models.teacher import LabelTeacher
+from tests.tasks.conftest import drawings
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    images, labels = drawings(240)
+    network = train_classifier(images, labels, num_classes=3, num_epochs=1, seed=0)
+    teacher = LabelTeacher(images.shape[1:], 3, num_features=20, ridge=1.0)
+    teacher.fit_features(network, images)
+    return teacher, network, images
+
+
+def test_hidden_layers_end_with_the_features_before_the_logits(fitted):
+    _, network, images = fitted
+    pixels = torch.from_numpy(images[:5]).permute(0, 3, 1, 2)
+    with torch.no_grad():
+        hidden = network.hidden(pixels)
+        assert hidden.shape == (5, network.num_hidden)
+        assert torch.equal(hidden[:, -128:], network.features(pixels))
+
+
+def test_features_have_unit_norm_and_do_not_depend_on_the_batch(fitted):
+    teacher, _, images = fitted
+    features = teacher.features(images)
+    assert features.shape == (len(images), 21)
+    assert torch.allclose(features.norm(dim=1), torch.ones(len(images)), atol=1e-5)
+    assert torch.allclose(teacher.features(images[3:5]), features[3:5], atol=1e-5)
+
+
+def test_kept_directions_are_the_strongest_and_are_scaled_by_the_ridge(fitted):
+    """Closed form: a direction of variance v has variance v / (v + ridge mean v) afterwards."""
+    teacher, _, images = fitted
+    standard = ((teacher._hidden(images) - teacher.mean) * teacher.scale).double()
+    everything = torch.linalg.eigvalsh(standard.T @ standard / len(standard))[-20:]
+    projected = standard @ teacher.basis.double()
+    expected = everything / (everything + teacher.ridge * everything.mean())
+    assert torch.allclose(projected.square().mean(0), expected, rtol=1e-3, atol=1e-6)
+
+
+def test_only_the_head_is_trainable(fitted):
+    teacher, _, _ = fitted
+    assert [name for name, p in teacher.named_parameters() if p.requires_grad] == ["head.weight"]
+
+
+def test_fewer_hidden_units_than_features_keep_them_all():
+    shape = (8, 8, 1)
+    teacher = LabelTeacher(shape, 2, num_features=10_000, ridge=1.0)
+    hidden = SmallCnn(shape, 2).num_hidden
+    assert teacher.head.weight.shape == (2, hidden + 1)
+    assert teacher.features(np.zeros((3, *shape), np.uint8)).shape == (3, hidden + 1)
