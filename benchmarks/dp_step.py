@@ -330,15 +330,21 @@ def run(rounds: int, *, quick: bool) -> dict[str, object]:
     grid = [("denoiser", 4, 2048, own), ("autoencoder", 1, 2048, own)]
     if not quick:
         every = list(ARMS)
-        grid = [("denoiser", 1, 2048, every), ("autoencoder", 1, 512, every), ("autoencoder", 1, 2048, own)]
-        grid += [("denoiser", draws, 2048, own) for draws in (4, 8, 16)]
+        grid = [("denoiser", 1, 512, every), ("autoencoder", 1, 512, every)]
+        grid += [("denoiser", draws, 2048, own) for draws in (1, 4, 8, 16)]
         grid += [("denoiser", 4, rows, own) for rows in (512, 4096, 8192)]
+        grid += [("autoencoder", 1, rows, own) for rows in (2048, 4096, 8192)]
     rows = []
     for name, draws, batch, arms in grid:
         found = measure(builder(name, draws), batch, arms, rounds)
         rows.append({"model": name, "batch": batch, "noise_multiplicity": draws, "arms": found})
         print(name, batch, draws, found, file=sys.stderr, flush=True)
-    at = {row["model"]: row["arms"] for row in rows if row["batch"] == 2048 and row["noise_multiplicity"] in (1, 4)}
+    judged = {"denoiser": 4, "autoencoder": 1}  # noise draws of the row whose ratio stands for the model
+    at = {
+        row["model"]: row["arms"]
+        for row in rows
+        if row["batch"] == 2048 and row["noise_multiplicity"] == judged[str(row["model"])]
+    }
     ratios = {name: at[name]["ours"]["ratio"] for name in ("denoiser", "autoencoder")}  # type: ignore[index]
     ratios |= {f"{name}_bfloat16": at[name]["ours_bfloat16"]["ratio"] for name in ("denoiser", "autoencoder")}  # type: ignore[index]
     result: dict[str, object] = {"ratios": ratios, "rounds": rounds, "threads": threads, "rows": rows}

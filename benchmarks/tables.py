@@ -45,7 +45,32 @@ def _quality_row(result: dict) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-TABLES = {"quality": quality_table}
+def dp_step_table() -> str:
+    """One row per model, batch and noise multiplicity of benchmarks/dp_step.py."""
+    path = HERE / "results" / "dp_step.json"
+    result = json.loads(path.read_text())
+    arms = {"ours": "ours", "ours_bfloat16": "ours, bfloat16 products", "opacus_ghost": "Opacus ghost"}
+    arms |= {"opacus_hooks": "Opacus hooks", "vmap": "vmap(grad)"}
+    rows = ["| model | batch | draws | " + " | ".join(arms.values()) + " |", "|" + "---|" * (3 + len(arms))]
+    for row in result["rows"]:
+        found = [f"{row['arms'][arm]['ratio']:.2f}" if arm in row["arms"] else "" for arm in arms]
+        cells = (row["model"], f"{row['batch']:,}", str(row["noise_multiplicity"]), *found)
+        rows.append("| " + " | ".join(cells) + " |")
+    memory = "; ".join(
+        f"{name}: {found['ours'] - found['no_privacy']:+.2f} GB" for name, found in result["peak_memory_gb"].items()
+    )
+    machine = result["machine"]
+    return "\n".join(
+        [
+            *rows,
+            "",
+            f"Peak memory beyond the plain step: {memory}. Medians of {result['rounds']} rounds, {result['threads']} "
+            f"thread(s), {machine['processor']} ({', '.join(machine['instructions'])}).",
+        ]
+    )
+
+
+TABLES = {"quality": quality_table, "dp_step": dp_step_table}
 
 
 def rendered(text: str) -> str:

@@ -43,7 +43,7 @@ class ResidualNetwork(nn.Module):
         """Inputs [n, 2 dim], log-sigma [n] and int64 labels [n] to [n, dim]."""
         angles = c_noise[:, None] * self.frequencies  # type: ignore[operator]
         times = torch.cat([c_noise[:, None], angles.sin(), angles.cos()], dim=1)
-        classes = nn.functional.one_hot(class_labels, self.num_classes).to(x.dtype)
+        classes = (class_labels[:, None] == torch.arange(self.num_classes, device=x.device)).to(x.dtype)
         condition = nn.functional.gelu(self.condition(torch.cat([times, classes], dim=1)))
         h = self.inner(x)
         for block in self.blocks:

@@ -66,6 +66,9 @@ class OpacusClipping:
         import torch
 
         units = len(mask)
+        for module in self._hooks.modules():  # a forward pass that was refused leaves its inputs behind
+            if hasattr(module, "activations"):
+                module.activations.clear()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # full backward hooks on inputs that need no gradient
             losses = loss_fn()

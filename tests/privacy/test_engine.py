@@ -12,6 +12,7 @@ from scipy import stats
 from torch import nn
 
 from dpldm_core.errors import UnsupportedLayerError
+from dpldm_core.privacy.clipping import BookKeeping
 from dpldm_core.privacy.engine import DpSgdEngine, check_bounded
 from dpldm_core.privacy.layers import PRODUCT_ERROR, Outer
 from dpldm_core.privacy.noise import GRID, SENSITIVITY_SLACK
@@ -444,6 +445,17 @@ def test_opacus_as_backend_refuses_a_loss_that_broadcasts_and_low_precision():
         OpacusClipping(make_model(), max_norm=C).clipped_sum(lambda: torch.zeros(4, 1), torch.ones(4, dtype=torch.bool))
     with pytest.raises(UnsupportedLayerError, match="book_keeping"):
         OpacusClipping(make_model(), max_norm=C, matmul_precision="bfloat16")
+
+
+def test_opacus_as_backend_goes_on_after_a_refused_forward_pass():
+    model, data = make_model(), {"x": private_data(4)}
+    clip, everybody = OpacusClipping(model, max_norm=C), torch.ones(4, dtype=torch.bool)
+    with pytest.raises(UnsupportedLayerError, match="shape"):
+        clip.clipped_sum(lambda: loss(model, data)[:, None], everybody)
+    again = clip.clipped_sum(lambda: loss(model, data), everybody)
+    other = make_model()
+    book = BookKeeping(other, max_norm=C).clipped_sum(lambda: loss(other, data), everybody)
+    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(again, book, strict=True))
 
 
 ONE_PROCESS = """
