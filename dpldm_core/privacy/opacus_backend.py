@@ -69,6 +69,8 @@ class OpacusClipping:
         for module in self._hooks.modules():  # a forward pass that was refused leaves its inputs behind
             if hasattr(module, "activations"):
                 module.activations.clear()
+        for parameter in self.parameters:
+            parameter._forward_counter = 0  # type: ignore[attr-defined]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # full backward hooks on inputs that need no gradient
             losses = loss_fn()
