@@ -98,8 +98,8 @@ def evaluate_release(
         heldout: Real held-out images uint8 [k, h, w, c] and labels int64 [k]. Private.
         num_classes: Number of classes; 1: no labels, hence no accuracy.
         num_epochs: Epochs of each classifier.
-        seeds: One classifier on synthetic and one on real images for each; the first also draws the subsets.
-        inception_weights: File with weights of the Inception network; None: features of the first ceiling classifier.
+        seeds: One classifier on synthetic images for each; the first also makes the ceiling and draws the subsets.
+        inception_weights: File with weights of the Inception network; None: features of the ceiling classifier.
         max_frechet_images: Images a side in Frechet distances at most.
         synthetic_classifier: The classifier of the first seed on the synthetic images, if it is trained already.
 
@@ -116,9 +116,9 @@ def evaluate_release(
     extractor = inception_extractor(inception_weights) if inception_weights else None
     synthetic = ceiling = frechet = None
     if enough and num_classes > 1:
-        measure = partial(_accuracy, heldout=heldout, num_classes=num_classes, num_epochs=num_epochs, seeds=seeds)
-        synthetic, _ = measure((images, labels), first=synthetic_classifier)
-        ceiling, classifier = measure(train)
+        measure = partial(_accuracy, heldout=heldout, num_classes=num_classes, num_epochs=num_epochs)
+        synthetic, _ = measure((images, labels), seeds=seeds, first=synthetic_classifier)
+        ceiling, classifier = measure(train, seeds=seeds[:1])
         extractor = extractor or classifier_extractor(classifier)
     if enough and extractor:
         frechet = frechet_distances(extractor, *sides.values(), max_images=max_frechet_images, seed=seeds[0])
