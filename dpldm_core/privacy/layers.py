@@ -59,10 +59,11 @@ class Outer:
 
     def weighted_sums(self, factors: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """(parameter, sum over units of factor times the unit's part)."""
-        scaled = (self.b * factors[:, None, None]).flatten(0, 1)
-        yield self.weight, (scaled.T @ self.a.flatten(0, 1)).reshape(self.weight.shape)
+        a, b, each = self.a, self.b, factors[:, None, None]
+        a, b = (a * each, b) if a.shape[2] < b.shape[2] else (a, b * each)  # the smaller one is copied
+        yield self.weight, (b.flatten(0, 1).T @ a.flatten(0, 1)).reshape(self.weight.shape)
         if self.bias is not None:
-            yield self.bias, scaled.sum(0)
+            yield self.bias, factors @ self.b.sum(1)
 
 
 @dataclass
