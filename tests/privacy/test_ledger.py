@@ -455,7 +455,7 @@ EDITS = {
     "body": "UPDATE dpldm_ledger SET body = replace(body, '3.0', '9.0') WHERE seq = 1",
     "kind": "UPDATE dpldm_ledger SET kind = 'cancel' WHERE seq = 3",
     "time": "UPDATE dpldm_ledger SET time = '2001-01-01T00:00:00+00:00' WHERE seq = 2",
-    "hash": "UPDATE dpldm_ledger SET hash = 'f' || substr(hash, 2) WHERE seq = 6",
+    "hash": "UPDATE dpldm_ledger SET hash = substr(hash, 2) || substr(hash, 1, 1) WHERE seq = 6",
     "row removed": "DELETE FROM dpldm_ledger WHERE seq = 3",
     "tail removed": "DELETE FROM dpldm_ledger WHERE seq > 4",
     "head moved": "UPDATE dpldm_ledger_head SET seq = 4",
