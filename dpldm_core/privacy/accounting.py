@@ -330,9 +330,10 @@ def solve_scale(
     found = max(x for x, spent in tried.items() if spent <= target_epsilon)
     # A coarse bound is looser, so this scale is safe; epsilon grows about as it does, which gives the rest back.
     spent = epsilon(events_of(math.exp(found)), delta, relation)
-    raised = found + aim - math.log(max(spent, 1e-12))
-    if raised > found and epsilon(events_of(math.exp(raised)), delta, relation) <= target_epsilon:
-        found = raised
+    if spent < (1 - rel_tol) * target_epsilon:
+        raised = found + aim - math.log(max(spent, 1e-12))
+        if epsilon(events_of(math.exp(raised)), delta, relation) <= target_epsilon:
+            found = raised
     return math.exp(found)
 
 
