@@ -134,11 +134,16 @@ class DpSgdEngine:
             offset += parameter.numel()
 
 
+def process_rank() -> int:
+    """Number of this process among those that work together, 0 when there is one."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
 def _share_of_this_process(indices: np.ndarray) -> np.ndarray:
     """Every n-th row of the batch, where n processes work together."""
     if not (dist.is_available() and dist.is_initialized()):
         return indices
-    return indices[dist.get_rank() :: dist.get_world_size()]
+    return indices[process_rank() :: dist.get_world_size()]
 
 
 def _sum_over_processes(total: np.ndarray) -> np.ndarray:

@@ -11,7 +11,7 @@ from torch import nn
 
 from dpldm_core.config import PerformanceConfig
 from dpldm_core.models.ema import Ema
-from dpldm_core.privacy.engine import Batch, BatchLoss, DpSgdEngine
+from dpldm_core.privacy.engine import Batch, BatchLoss, DpSgdEngine, process_rank
 from dpldm_core.privacy.plan import DpSgdPlan
 from dpldm_core.rng import SecretKey
 from dpldm_core.training.state import TrainState
@@ -74,7 +74,9 @@ def train_private(
     state = TrainState(0, model, Ema(model, ema_decay), optimizer, binding)
     if checkpoint is not None:
         state.restore(checkpoint)
-    draws_key = key.derive("draws")
+    # Draws of different rows must be independent: two processes with the same ones would tie the rows of one to those
+    # of the other, and removing a unit, which shifts all rows, would change more than that unit's part.
+    draws_key = key.derive("draws", *([str(rank)] if (rank := process_rank()) else []))
     made_up = units.probe(num_classes, generator=torch.Generator().manual_seed(0))  # nothing private
     probe = draw(made_up, np.random.default_rng(0))
     engine = DpSgdEngine(

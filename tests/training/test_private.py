@@ -317,3 +317,23 @@ def test_draws_are_as_secret_as_the_key():
     words = np.array(seen, dtype=np.uint64).flatten()
     bits = np.unpackbits(words.view(np.uint8)).mean()
     assert abs(bits - 0.5) < 5 * 0.5 / (64 * len(words)) ** 0.5, "128 uniform bits each (false alarm below 1e-6)"
+
+
+def test_processes_that_share_a_step_draw_independently(monkeypatch):
+    """Equal draws in two processes would tie a row of one to a row of the other, and the clip would bound less."""
+
+    def keys_of(rank):
+        seen = []
+
+        def remember(batch, generator):
+            if isinstance(generator.bit_generator, np.random.Philox):
+                seen.append(tuple(generator.bit_generator.state["state"]["key"].tolist()))
+            return draw(batch, generator)
+
+        monkeypatch.setattr("dpldm_core.training.private.process_rank", lambda: rank)
+        train(draw=remember, physical_batch_size=30)
+        return seen
+
+    first, second, again = keys_of(0), keys_of(1), keys_of(0)
+    assert first == again and len(first) == len(second) > 0
+    assert not set(first) & set(second)
