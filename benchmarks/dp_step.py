@@ -61,7 +61,8 @@ class Workload:
 def denoiser(draws: int) -> Workload:
     """Stage 2 with ``draws`` noise draws per record."""
     config = resolved()
-    model = build_denoiser(config.diffusion, dim=config.autoencoder.frequencies**2, num_classes=10)
+    side = config.autoencoder.frequencies
+    model = build_denoiser(config.diffusion, latent_shape=(1, side, side), num_classes=10)
     settings = config.diffusion.model_copy(update={"noise_multiplicity": draws})
     labels = torch.arange(RECORDS) % 10
 

@@ -50,8 +50,10 @@ class PriorConfig(_Frozen):
 class DiffusionConfig(_Frozen):
     """Stage 2."""
 
-    width: int = Field(ge=8, description="hidden width of the denoiser")
+    width: int = Field(ge=8, description="channels of the denoiser")
     depth: int = Field(ge=1, description="residual blocks of the denoiser")
+    procedural_steps: int = Field(ge=0, description="steps on procedural images before private data; free")
+    procedural_batch_size: int = Field(ge=1, description="procedural images per step")
     sigma_data: float = Field(gt=0, description="standard deviation of a latent coordinate; a public constant")
     P_mean: float = Field(description="mean of ln sigma in training")
     P_std: float = Field(gt=0, description="standard deviation of ln sigma in training")

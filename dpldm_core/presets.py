@@ -48,12 +48,14 @@ def _quick(num_records: int) -> dict[str, Any]:
         },
         "prior": {"clip_norm": 0.9, "variance_floor": 0.01, "class_weight": 0.2, "budget_share": 0.5},
         "diffusion": {
-            "width": 256,
-            "depth": 2,
-            "sigma_data": 0.8,
-            "P_mean": -0.3,
+            "width": 64,
+            "depth": 4,
+            "procedural_steps": 300,
+            "procedural_batch_size": 256,
+            "sigma_data": 0.5,
+            "P_mean": -0.8,
             "P_std": 1.0,
-            "noise_multiplicity": 4,
+            "noise_multiplicity": 1,
             "dp_sgd": _dp_sgd(
                 1024,
                 num_records,
@@ -77,9 +79,9 @@ def _quick(num_records: int) -> dict[str, Any]:
         "noised_latents": {"autoencoder_share": 0.1, "label_share": 0.3, "num_steps": 200, "batch_size": 512},
         "sampling": {
             "num_samples": 10_000,
-            "num_steps": 18,
+            "num_steps": 8,
             "sigma_min": 0.02,
-            "sigma_max": 20.0,
+            "sigma_max": 2.0,
             "S_churn": 8.0,
             "num_shards": 2,
         },
@@ -116,7 +118,7 @@ def _cpu(num_records: int) -> dict[str, Any]:
             4096, num_records, num_steps=100, max_grad_norm=0.5, learning_rate=60.0, ema_decay=0.9, budget_share=0.15
         ),
     }
-    values["sampling"] |= {"num_samples": 60_000, "num_steps": 18, "num_shards": 4}
+    values["sampling"] |= {"num_samples": 60_000, "num_steps": 12, "num_shards": 4}
     values["evaluation"] = {"num_epochs": 4, "num_seeds": 3, "max_frechet_images": 10_000, "metrics_share": 0.01}
     return values
 
@@ -141,11 +143,12 @@ def _smoke(num_records: int) -> dict[str, Any]:
     values["autoencoder"] |= {
         "frequencies": 4,
         "refiner_channels": 4,
-        "procedural_steps": 2,
+        "procedural_steps": 3,
         "procedural_batch_size": 8,
     }
     values["autoencoder"]["dp_sgd"] |= {"num_steps": 2}
-    values["diffusion"] |= {"width": 16, "depth": 1, "noise_multiplicity": 2}
+    values["diffusion"] |= {"width": 8, "depth": 1, "procedural_steps": 3, "noise_multiplicity": 2}
+    values["diffusion"] |= {"procedural_batch_size": 8}
     values["diffusion"]["dp_sgd"] |= {"num_steps": 2}
     values["teacher"] |= {"num_synthetic": 64, "num_epochs": 1, "num_features": 8}
     values["teacher"]["dp_sgd"] |= {"num_steps": 2}

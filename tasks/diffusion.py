@@ -37,7 +37,7 @@ def train_diffusion(release: Release, latents: Latents) -> HashedDiffusionModel:
             private, latents.noise_std, release.release_config(), schema, plan, key_of, attempt
         )
         run.stage(plan, paid)
-        run.curve("released_latents_loss", curve)
+        run.curve("released_latents_loss" if latents.noise_std else "procedural_loss", curve)
         events = release.events_of(paid)
         return DiffusionModel(
             denoiser=FlyteFile(str(path)),

@@ -35,6 +35,7 @@ def sample_noise(seed: int, indices: Sequence[int], *, num_draws: int, dim: int)
 @torch.no_grad()
 def heun_sampler(
     denoiser: DenoiserFn,
+    start: Tensor,
     noise: Tensor,
     class_labels: Tensor,
     *,
@@ -46,7 +47,9 @@ def heun_sampler(
 
     Args:
         denoiser: D(x, sigma, class_labels).
-        noise: From :func:`sample_noise`, [steps + 1, n, d]: the start, then one draw per step for the churn.
+        start: What the first noise is added to, [n, d]: clean draws of a model that is as good as the denoiser at the
+            first level, or zeros where that level drowns everything.
+        noise: From :func:`sample_noise`, [steps + 1, n, d]: of the start, then one draw per step for the churn.
         class_labels: int64 [n].
         sigmas: Decreasing levels with a final zero, [steps + 1].
         S_churn: Total amount of noise added back; 0 is deterministic after the start.
@@ -57,7 +60,7 @@ def heun_sampler(
     """
     levels = [float(s) for s in sigmas]
     gamma = min(S_churn / (len(levels) - 1), math.sqrt(2) - 1)
-    x = noise[0] * levels[0]
+    x = start + noise[0] * levels[0]
     ones = torch.ones(len(x), device=x.device)
     for step, (sigma, following) in enumerate(pairwise(levels)):
         raised = sigma * (1 + gamma)

@@ -1,9 +1,9 @@
-"""The autoencoder of stage 1: a bounded, fixed-scale latent around a discrete cosine transform.
+"""The autoencoder of stage 1: a bounded, fixed-scale, spatial latent around a discrete cosine transform.
 
-An untrained codec is already sensible: the encoder keeps the k x k lowest frequencies of every channel, scaled by the
-1/f amplitude law of images (Field 1987), and the decoder inverts that. The encoder has no weights. Training moves a
-small convolutional network behind the inverse transform, whose last layer starts at zero: it takes off the ringing of
-the cut and sharpens. So the private data pays only for what a transform cannot know.
+An untrained codec is already sensible: the encoder keeps the k x k lowest frequencies of every channel and shows them
+as a k x k image, and the decoder enlarges that without loss. The encoder has no weights. Training moves a small
+convolutional network behind the enlarged image, whose last layer starts at zero: it takes off the ringing of the cut
+and sharpens. So the private data pays only for what a transform cannot know.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ class Encoder(nn.Module):
         self.transform = transform
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images [n, c, h, w] to latents [n, latent_dim]."""
-        return LATENT_BOUND * torch.tanh(self.transform.analyse(images) / LATENT_BOUND)
+        """Images [n, c, h, w] to latents [n, latent_dim], the flattened small image [c, k, k]."""
+        return LATENT_BOUND * torch.tanh(self.transform.shrink(images).flatten(1) / LATENT_BOUND)
 
 
 class Decoder(nn.Module):
@@ -68,7 +68,7 @@ class Decoder(nn.Module):
     def forward(self, latents: Tensor) -> Tensor:
         """Latents [n, latent_dim] to images [n, c, h, w]."""
         unbounded = LATENT_BOUND * torch.atanh((latents / LATENT_BOUND).clamp(-0.999, 0.999))
-        return self.refiner(self.transform.synthesise(unbounded))
+        return self.refiner(self.transform.enlarge(unbounded.unflatten(1, self.transform.latent_shape)))
 
 
 class Autoencoder(nn.Module):
@@ -99,42 +99,60 @@ class Autoencoder(nn.Module):
 
 
 class FrequencyTransform(nn.Module):
-    """Low frequencies of an orthonormal 2-D DCT-II, scaled to about unit variance by a fixed 1/f law.
+    """Small images that hold the low frequencies of an orthonormal 2-D DCT-II of large ones, at the same brightness.
 
     RGB is first turned into luminance and two colour differences by an orthonormal matrix.
+
+    Args:
+        channels: 1 or 3.
+        height: Pixels of the large image.
+        width: Pixels of the large image.
+        frequencies: Kept per axis, at most the pixels: the size of the small image.
     """
 
     colour: Tensor
     rows: Tensor
     cols: Tensor
-    amplitude: Tensor
 
     def __init__(self, channels: int, height: int, width: int, frequencies: int) -> None:
         super().__init__()
         self.shape = (channels, height, width)
         kh, kw = min(frequencies, height), min(frequencies, width)
-        self.grid = (kh, kw)
+        self.latent_shape = (channels, kh, kw)
         self.dim = channels * kh * kw
         colour = torch.eye(channels)
         if channels == 3:
             s = torch.tensor([3.0, 2.0, 6.0]).rsqrt()
             colour = s[:, None] * torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.0, -1.0], [1.0, -2.0, 1.0]])
-        radius = torch.hypot(*torch.meshgrid(torch.arange(float(kh)), torch.arange(float(kw)), indexing="ij"))
-        amplitude = 0.35 * math.sqrt(height * width) / (1.0 + radius)
         self.register_buffer("colour", colour, persistent=False)
-        self.register_buffer("rows", _dct(height)[:kh], persistent=False)
-        self.register_buffer("cols", _dct(width)[:kw], persistent=False)
-        self.register_buffer("amplitude", amplitude, persistent=False)
+        self.register_buffer("rows", _dct(kh).T @ _dct(height)[:kh] * math.sqrt(kh / height), persistent=False)
+        self.register_buffer("cols", _dct(kw).T @ _dct(width)[:kw] * math.sqrt(kw / width), persistent=False)
 
-    def analyse(self, images: Tensor) -> Tensor:
-        """Images [n, c, h, w] to coefficients [n, dim]."""
-        opponent = torch.einsum("dc,nchw->ndhw", self.colour, images)
-        return ((self.rows @ opponent @ self.cols.T) / self.amplitude).flatten(1)
+    def shrink(self, images: Tensor) -> Tensor:
+        """Images [n, c, h, w] to small ones [n, c, k, k]."""
+        return self.rows @ torch.einsum("dc,nchw->ndhw", self.colour, images) @ self.cols.T
 
-    def synthesise(self, coefficients: Tensor) -> Tensor:
-        """Coefficients [n, dim] to images [n, c, h, w]; the inverse on images that hold low frequencies only."""
-        scaled = coefficients.unflatten(1, (self.shape[0], *self.grid)) * self.amplitude
-        return torch.einsum("dc,ndhw->nchw", self.colour, self.rows.T @ scaled @ self.cols)
+    def enlarge(self, small: Tensor) -> Tensor:
+        """Small images [n, c, k, k] to images [n, c, h, w]; the inverse on images that hold low frequencies only."""
+        _, height, width = self.shape
+        scale = height * width / (self.latent_shape[1] * self.latent_shape[2])
+        return torch.einsum("dc,ndhw->nchw", self.colour, scale * (self.rows.T @ small @ self.cols))
+
+
+def whitening(latent_shape: tuple[int, int, int]) -> Tensor:
+    """Map of latents to coordinates of about unit variance: cosines over the 1/f amplitude law of images (Field 1987).
+
+    Args:
+        latent_shape: (channels, k, k) of the small image that a latent is.
+
+    Returns:
+        [dim, dim]; its inverse leads back.
+    """
+    channels, height, width = latent_shape
+    radius = torch.hypot(*torch.meshgrid(torch.arange(float(height)), torch.arange(float(width)), indexing="ij"))
+    amplitude = 0.35 * math.sqrt(height * width) / (1.0 + radius)
+    cosines = torch.kron(_dct(height), _dct(width)) / amplitude.flatten()[:, None]
+    return torch.block_diag(*[cosines] * channels)
 
 
 def _dct(size: int) -> Tensor:

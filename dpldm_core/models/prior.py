@@ -32,7 +32,14 @@ class GaussianPrior(nn.Module):
         self.variances.copy_(variances.clamp(min=variance_floor))
         self.bases.copy_(bases)
 
-    def denoise(self, x: Tensor, sigma: Tensor, class_labels: Tensor, *, added_variance: float = 0.0) -> Tensor:
+    @torch.no_grad()
+    def transform(self, linear: Tensor) -> None:
+        """Become the Gaussians of ``linear`` times the latent, [d, d]."""
+        linear = linear.double()
+        factors = linear @ (self.bases.double() * self.variances.double().sqrt()[:, None, :])
+        self.set_moments(self.means.double() @ linear.T, factors @ factors.transpose(1, 2), variance_floor=0.0)
+
+    def denoise(self, x: Tensor, sigma: Tensor, class_labels: Tensor, added_variance: float = 0.0) -> Tensor:
         """Posterior mean of the clean latent: the exact denoiser of a Gaussian (Karras et al. 2022, Eq. 3 and App. B).
 
         Args:
@@ -52,6 +59,23 @@ class GaussianPrior(nn.Module):
             variance, basis = self.variances[label] + added_variance, self.bases[label]
             gain = variance / (variance + sigma[rows, None].square())
             out[rows] = self.means[label] + (((x[rows] - self.means[label]) @ basis) * gain) @ basis.T
+        return out
+
+    def sample(self, noise: Tensor, class_labels: Tensor, added_variance: float = 0.0) -> Tensor:
+        """A draw from the Gaussian of each row's class.
+
+        Args:
+            noise: Standard normal [n, d].
+            class_labels: int64 [n].
+            added_variance: Variance of noise that the latents carry themselves.
+
+        Returns:
+            [n, d].
+        """
+        out = self.means[class_labels]
+        for label in range(len(self.means)):
+            rows = torch.nonzero(class_labels == label)[:, 0]
+            out[rows] += (noise[rows] * (self.variances[label] + added_variance).sqrt()) @ self.bases[label].T
         return out
 
     def posterior_sample(self, x: Tensor, sigma: float, class_labels: Tensor, noise: Tensor) -> Tensor:

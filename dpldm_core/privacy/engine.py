@@ -96,7 +96,9 @@ class DpSgdEngine:
         indices = self.batch_indices(step, num_units)
         total = np.zeros(self._clip.num_parameters)
         shared = _share_of_this_process(indices)
-        for chunk in np.array_split(shared, math.ceil(len(shared) / self._physical)):
+        for chunk in np.array_split(shared, max(1, math.ceil(len(shared) / self._physical))):
+            if not len(chunk):  # more processes than rows: this one has nothing to add
+                continue
             chosen = torch.from_numpy(chunk)
             batch = fetch(chosen.clamp(min=0))
             mask = (chosen >= 0).to(next(iter(batch.values())).device)

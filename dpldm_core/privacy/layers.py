@@ -140,34 +140,32 @@ def _patches(x: Tensor, layer: nn.Conv2d | nn.ConvTranspose2d) -> Tensor:
 
 def _conv(layer: nn.Conv2d, a: Tensor, b: Tensor, units: int) -> list[Contribution]:
     """The sum over output pixels of their gradient times their receptive field."""
-    per_image = [
-        y.flatten(2) @ _patches(x, layer).reshape(len(x), -1, y[0, 0].numel()).transpose(1, 2)
-        for x, y in zip(a.split(_CHUNK), b.split(_CHUNK), strict=True)
-    ]
-    return _convolution(layer, torch.cat(per_image), b, units)
+    return _convolution(layer, b, a, b, units)
 
 
 def _conv_transpose(layer: nn.ConvTranspose2d, a: Tensor, b: Tensor, units: int) -> list[Contribution]:
     """The adjoint: the sum over input pixels of their value times the gradients of the output pixels they reach."""
-    height, width = a.shape[2:]
-    per_image = [
-        x.flatten(2) @ _patches(y, layer)[..., :height, :width].reshape(len(x), -1, height * width).transpose(1, 2)
-        for x, y in zip(a.split(_CHUNK), b.split(_CHUNK), strict=True)
-    ]
-    return _convolution(layer, torch.cat(per_image), b, units)
+    return _convolution(layer, a, b, b, units)
 
 
-def _convolution(layer: nn.Conv2d | nn.ConvTranspose2d, per_image: Tensor, b: Tensor, units: int) -> list[Contribution]:
-    found: list[Contribution] = [Direct(_over_rows(per_image, units), layer.weight)]
+def _convolution(
+    layer: nn.Conv2d | nn.ConvTranspose2d, pixels: Tensor, fields: Tensor, b: Tensor, units: int
+) -> list[Contribution]:
+    """Per-unit gradients: pixels [n, ., height, width] times their receptive fields in the other side's image."""
+    images = len(pixels) // units  # of one unit: its records and their noise draws
+    height, width = pixels.shape[2:]
+    gradient = pixels.new_empty(units, pixels.shape[1], layer.weight[0].numel())
+    step = max(1, _CHUNK // images)
+    for start in range(0, units, step):
+        rows = slice(start * images, (start + step) * images)
+        found = _patches(fields[rows], layer)[..., :height, :width]  # [rows, c, kh, kw, height, width]
+        found = found.unflatten(0, (-1, images)).movedim(1, 4).reshape(-1, gradient.shape[2], images * height * width)
+        values = pixels[rows].unflatten(0, (-1, images)).movedim(1, 2).reshape(len(found), -1, found.shape[2])
+        torch.bmm(values, found.transpose(1, 2), out=gradient[start : start + step])
+    parts: list[Contribution] = [Direct(gradient.flatten(1), layer.weight)]
     if (bias := _trainable(layer.bias)) is not None:
-        found.append(Direct(_over_rows(b.sum((2, 3)), units), bias))
-    return found
-
-
-def _over_rows(per_row: Tensor, units: int) -> Tensor:
-    """Sum over the consecutive rows of each unit, [units, size]."""
-    rows = per_row.reshape(units, -1, per_row[0].numel())
-    return rows[:, 0] if rows.shape[1] == 1 else rows.sum(1)
+        parts.append(Direct(b.sum((2, 3)).view(units, images, -1).sum(1), bias))
+    return parts
 
 
 def _embedding(layer: nn.Embedding, a: Tensor, b: Tensor, units: int) -> list[Contribution]:

@@ -14,7 +14,7 @@ from dpldm_core.data.schema import ImageSchema
 from dpldm_core.data.sources import BUILTIN_DATASETS, load_dataset
 from dpldm_core.errors import ConfigError
 from dpldm_core.presets import check_delta, load_overrides, resolve_config
-from dpldm_core.privacy.calibration import plan_release, relation_of
+from dpldm_core.privacy.calibration import PRIOR, plan_release, relation_of
 from dpldm_core.privacy.plan import DpSgdPlan, LabelPlan, ReleasePlan, check_expected_batch
 from dpldm_core.release.bundle import check_target
 
@@ -185,7 +185,42 @@ def decide(request: Request, *, data_root: str | None, cache_dir: str | None) ->
         if isinstance(mechanism, DpSgdPlan):
             check_expected_batch(mechanism, loaded.train.num_units, MIN_EXPECTED_BATCH)
             mechanism.batch_cap(loaded.train.num_units)  # refuses data larger than declared
+    if config.preset != "smoke":  # two steps of everything, for tests: nobody hopes for an image
+        check_useful(config, plan, num_units=loaded.train.num_units, num_classes=schema.num_classes, dim=latent_dim)
     return Decision(request, schema, plan)
+
+
+def check_useful(config: ReleaseConfig, plan: ReleasePlan, *, num_units: int, num_classes: int, dim: int) -> None:
+    """Refuse a release whose noise would drown what it measures: the budget would buy nothing. For the steward alone.
+
+    Judged by the one-shot prior that everything else starts from: the noise on the mean latent of a class, per
+    coordinate, beside the size that latents are clipped to.
+
+    Args:
+        config: The resolved configuration.
+        plan: The calibrated plan.
+        num_units: Units in the data.
+        num_classes: Public number of classes.
+        dim: Dimension of a latent.
+
+    Raises:
+        ConfigError: It would, with the number of units or the epsilon that would do.
+    """
+    from dpldm_core.privacy.one_shot import CLASS_MOMENTS  # imports torch
+
+    if PRIOR not in plan.stages():
+        return
+    sigma = plan.mechanism(PRIOR).noise_multiplier  # type: ignore[union-attr]
+    noise = sigma * math.sqrt(dim) / CLASS_MOMENTS.mean * num_classes / num_units
+    if noise <= 1:
+        return
+    enough = math.ceil(num_units * noise)
+    raise ConfigError(
+        f"epsilon={config.epsilon:g} with {num_units} records of {num_classes} classes: the noise on the mean of a class "
+        f"would be {noise:.1f} times the images themselves, and the budget would buy nothing. Use about {enough} records, "
+        f"or epsilon of about {config.epsilon * noise:.2g}, or fewer autoencoder.frequencies (config; now "
+        f"{config.autoencoder.frequencies})"
+    )
 
 
 def read_audit_note(path: str, preset: str) -> dict[str, Any]:

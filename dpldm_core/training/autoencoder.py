@@ -42,7 +42,7 @@ def reconstruction_loss(model: nn.Module, batch: Batch) -> Tensor:
     return ((restored - images).square().mean((2, 3, 4)) * weights).sum(1)
 
 
-def pretrain_on_procedural(model: Autoencoder, config: AutoencoderConfig, *, seed: int) -> list[float]:
+def pretrain_autoencoder(model: Autoencoder, config: AutoencoderConfig, *, seed: int) -> list[float]:
     """Train on drawings from formulas; touches no private data, so its loss curve is public.
 
     Args:

@@ -35,9 +35,12 @@ def new_autoencoder(config: ReleaseConfig, schema: ImageSchema) -> Autoencoder:
 
 def new_denoiser(config: ReleaseConfig, schema: ImageSchema, latent_noise: float) -> Denoiser:
     """The untrained denoiser of a release."""
-    dim = new_autoencoder(config, schema).latent_dim
     return build_denoiser(
-        config.diffusion, dim=dim, num_classes=schema.num_classes, seed=config.seed, latent_noise=latent_noise
+        config.diffusion,
+        latent_shape=new_autoencoder(config, schema).encoder.transform.latent_shape,
+        num_classes=schema.num_classes,
+        seed=config.seed,
+        latent_noise=latent_noise,
     )
 
 

@@ -1,37 +1,49 @@
-"""Stage 2: a Gaussian prior from one noisy sum, then a residual denoiser by DP-SGD on top of it."""
+"""Stage 2: a denoiser on top of the latent prior, first on procedural images (free), then on private ones by DP-SGD."""
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
 import torch
+from sklearn.cluster import KMeans
 from torch import Tensor, nn
 
-from dpldm_core.config import DiffusionConfig, PriorConfig
+from dpldm_core.config import DiffusionConfig
+from dpldm_core.data.procedural import procedural_images
 from dpldm_core.diffusion.loss import denoising_loss
 from dpldm_core.diffusion.schedule import training_sigmas
+from dpldm_core.models.autoencoder import Encoder
 from dpldm_core.models.denoiser import Denoiser
 from dpldm_core.models.ema import Ema
 from dpldm_core.models.precond import edm_weight
 from dpldm_core.models.prior import GaussianPrior
 from dpldm_core.privacy.engine import Batch
-from dpldm_core.privacy.one_shot import ClassMoments, noisy_class_moments
-from dpldm_core.privacy.plan import DpSgdPlan, GaussianSumPlan
+from dpldm_core.privacy.plan import DpSgdPlan
 from dpldm_core.rng import SecretKey
 from dpldm_core.training.private import TrainLoop, train_private
 from dpldm_core.training.units import Units
 
+_POOL = 16_384  # most procedural images that pretraining draws its batches from
+_CHUNK = 2_048
+_GROUPS = 20  # groups of like procedural images, which stand for classes
+_PROCEDURAL_FLOOR = 3e-3  # variance of a latent direction: drawings from formulas are smoother than photographs
+_PROCEDURAL_RATE = 3e-3
+
 
 def build_denoiser(
-    config: DiffusionConfig, *, dim: int, num_classes: int, seed: int = 0, latent_noise: float = 0.0
+    config: DiffusionConfig,
+    *,
+    latent_shape: tuple[int, int, int],
+    num_classes: int,
+    seed: int = 0,
+    latent_noise: float = 0.0,
 ) -> Denoiser:
     """An untrained denoiser; equal seeds give equal weights, and the global generator is left alone.
 
     Args:
         config: Size and sigma_data.
-        dim: Latent dimension.
+        latent_shape: (channels, k, k) of the small image that a latent is.
         num_classes: Public number of classes.
         seed: Public.
         latent_noise: Standard deviation of noise that the training latents carry (mode noised_latents).
@@ -39,7 +51,7 @@ def build_denoiser(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return Denoiser(
-            dim=dim,
+            latent_shape=latent_shape,
             num_classes=num_classes,
             width=config.width,
             depth=config.depth,
@@ -48,87 +60,59 @@ def build_denoiser(
         )
 
 
-def fit_prior(prior: GaussianPrior, moments: ClassMoments, config: PriorConfig) -> None:
-    """Class Gaussians from released moments: post-processing that knows how much noise they carry.
+def pretrain_denoiser(model: Denoiser, encoder: Encoder, config: DiffusionConfig, *, seed: int) -> list[float]:
+    """Train the network to draw strokes and blobs from formulas; touches no private data, so its loss curve is public.
 
-    The pooled covariance keeps what stands above its noise (eigenvalues beyond the semicircle's edge 2 s sqrt(d)). Each
-    class then adds the part of its own difference that stands above the class's edge, shrunk by sqrt(l^2 - edge^2)
-    (Gavish and Donoho 2017, Frobenius loss), and ``class_weight`` of the rest.
+    Groups of like drawings stand for classes: the network learns to make the estimate of a class Gaussian better.
 
     Args:
-        prior: Set in place.
-        moments: Released statistics.
-        config: Floor and class weight.
+        model: Its network is trained in place.
+        encoder: Of stage 1; it has no weights.
+        config: Steps, batch size and noise levels.
+        seed: Public.
+
+    Returns:
+        The loss of each step.
     """
-    counts = moments.counts.clamp(min=1.0)
-    dim = moments.means.shape[1]
-    centred = moments.second_moments - moments.means[:, :, None] * moments.means[:, None, :]
-    pooled_edge = 2 * moments.second_std * math.sqrt(len(counts) * dim) / float(counts.sum())
-    values, basis = torch.linalg.eigh((counts[:, None, None] * centred).sum(0) / counts.sum())
-    kept = (values + (values.square() - pooled_edge**2).clamp(min=0).sqrt()) / 2
-    values = torch.where(values > pooled_edge, kept, config.variance_floor).clamp(min=config.variance_floor)
-    pooled = basis @ torch.diag(values) @ basis.T
-    covariances = []
-    for label in range(len(counts)):
-        difference = centred[label] - pooled
-        edge = 2 * moments.second_std * math.sqrt(dim) / float(counts[label])
-        values, basis = torch.linalg.eigh(difference)
-        strong = basis @ torch.diag(values.sign() * (values.square() - edge**2).clamp(min=0).sqrt()) @ basis.T
-        covariances.append(pooled + strong + config.class_weight * (difference - strong))
-    prior.set_moments(moments.means, torch.stack(covariances), variance_floor=config.variance_floor)
-
-
-def release_prior(
-    prior: GaussianPrior, units: Units, plan: GaussianSumPlan, key: SecretKey, config: PriorConfig
-) -> None:
-    """Measure the class moments of private latents with one Gaussian mechanism and fit the prior to them."""
-    num_classes, dim = prior.means.shape
-    moments = noisy_class_moments(
-        plan,
-        key,
-        units.values,
-        units.class_labels,
-        units.record_weights(),
-        num_classes=num_classes,
-        clip_norm=config.clip_norm * math.sqrt(dim),
+    if config.procedural_steps == 0:
+        return []
+    generator, device = np.random.default_rng(seed), next(model.network.parameters()).device
+    size = min(_POOL, max(_GROUPS, config.procedural_steps * config.procedural_batch_size))
+    pool = procedural_images(size, *encoder.transform.shape, generator=torch.Generator().manual_seed(seed))
+    latents = torch.cat([encoder(images) for images in pool.split(_CHUNK)])
+    groups = torch.from_numpy(KMeans(_GROUPS, n_init=1, max_iter=20, random_state=seed).fit_predict(latents)).long()
+    prior = GaussianPrior(_GROUPS, model.dim)
+    members = [latents[groups == group].double() for group in range(_GROUPS)]
+    prior.set_moments(
+        torch.stack([found.mean(0) for found in members]),
+        torch.stack([torch.cov(found.T, correction=0) for found in members]),
+        variance_floor=_PROCEDURAL_FLOOR,
     )
-    fit_prior(prior, moments, config)
+    prior, latents, groups = prior.to(device), latents.to(device), groups.to(device)
 
+    def denoise(x: Tensor, sigma: Tensor, labels: Tensor) -> Tensor:
+        return model.refine(x, sigma, prior.denoise(x, sigma, labels), torch.full_like(labels, -1))
 
-def fit_released_prior(
-    prior: GaussianPrior, latents: Tensor, labels: Tensor, noise_std: float, replaced: float, config: PriorConfig
-) -> None:
-    """Class Gaussians of the clean latents, from released noisy latents and randomised labels: post-processing.
-
-    The noise adds noise_std^2 I to every covariance, which is taken off. Of the records that carry label y, a share
-    ``wrong`` comes from all classes alike; the class means are unmixed accordingly. Covariances are pooled.
-
-    Args:
-        prior: Set in place.
-        latents: Released [n, d].
-        labels: Released, int64 [n].
-        noise_std: Known noise of each latent coordinate.
-        replaced: Known probability that a label was replaced by a uniform one.
-        config: Variance floor.
-    """
-    values = latents.double()
-    num_classes, dim = prior.means.shape
-    overall = values.mean(0)
-    means = torch.stack([values[labels == y].mean(0) if (labels == y).any() else overall for y in range(num_classes)])
-    shrink = num_classes * noise_std**2 / len(values)  # variance of a class mean's coordinate
-    spread = (means - overall) / max(1.0 - replaced, 1e-6)
-    signal = (spread.square().sum() / spread.numel()).item()
-    noise = shrink / max(1.0 - replaced, 1e-6) ** 2
-    means = overall + max(0.0, 1.0 - noise / max(signal, 1e-12)) * spread  # James and Stein (1961)
-    centred = values - overall
-    covariance = centred.T @ centred / len(values) - noise_std**2 * torch.eye(dim, dtype=torch.float64)
-    covariance = covariance - (means - overall).T @ (means - overall) / num_classes
-    edge = 2 * noise_std**2 * (dim / len(values)) ** 0.5
-    variances, basis = torch.linalg.eigh(covariance)
-    typical = (variances.sum() / dim).clamp(min=config.variance_floor)
-    variances = torch.where(variances > edge, variances - edge, torch.minimum(typical, torch.tensor(edge)))
-    pooled = basis @ torch.diag(variances) @ basis.T
-    prior.set_moments(means, pooled.expand(num_classes, -1, -1), variance_floor=config.variance_floor)
+    trainable, losses = list(model.network.parameters()), []
+    optimizer = torch.optim.AdamW(trainable, lr=_PROCEDURAL_RATE, betas=(0.9, 0.95))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, _PROCEDURAL_RATE, total_steps=config.procedural_steps, pct_start=0.1, cycle_momentum=False
+    )
+    for _ in range(config.procedural_steps):
+        rows = torch.from_numpy(generator.integers(size, size=config.procedural_batch_size)).to(device)
+        shape = (len(rows), 1)
+        sigma = model.sigma_data * training_sigmas(shape, P_mean=config.P_mean, P_std=config.P_std, generator=generator)
+        noise = torch.from_numpy(generator.standard_normal((*shape, model.dim), dtype=np.float32))
+        sigma, noise = sigma.to(device), noise.to(device)
+        weight = edm_weight(sigma, model.sigma_data)
+        loss = denoising_loss(denoise, latents[rows], groups[rows], sigma, noise, weight).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trainable, 1.0)
+        optimizer.step()
+        schedule.step()
+        losses.append(loss.item())
+    return losses
 
 
 def draw_diffusion(batch: Batch, generator: np.random.Generator, config: DiffusionConfig, sigma_data: float) -> Batch:

@@ -29,7 +29,9 @@ def sample_images(
     teacher: Path | None = None,
     batch_size: int = 1000,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Draw synthetic images; sample i depends on (seed, i) alone, whatever shard or batch it is drawn in.
+    """Draw synthetic images: the prior decides what the largest noise level leaves open, the denoiser all below it.
+
+    Sample i depends on (seed, i) alone, whatever shard or batch it is drawn in.
 
     Images are drawn for every class alike: the proportions of the private data are not read.
 
@@ -60,10 +62,12 @@ def sample_images(
     for start in range(0, len(indices), batch_size):
         chunk = list(indices[start : start + batch_size])
         class_labels = torch.tensor(chunk) % schema.num_classes
-        noise = sample_noise(config.seed, chunk, num_draws=settings.num_steps + 2, dim=model.dim).to(device)
-        latents = heun_sampler(model, noise[:-1], class_labels.to(device), sigmas=sigmas, S_churn=settings.S_churn)
+        noise = sample_noise(config.seed, chunk, num_draws=settings.num_steps + 3, dim=model.dim).to(device)
+        classes = class_labels.to(device)
+        prior_draws = model.prior.sample(noise[-1], classes, noise_std**2)
+        latents = heun_sampler(model, prior_draws, noise[:-2], classes, sigmas=sigmas, S_churn=settings.S_churn)
         if noise_std > 0:
-            latents = model.prior.posterior_sample(latents, noise_std, class_labels.to(device), noise[-1])
+            latents = model.prior.posterior_sample(latents, noise_std, classes, noise[-2])
         images.append(to_uint8(autoencoder.decoder(latents)))
         labels.append(class_labels.numpy())
     drawn = np.concatenate(images)

@@ -14,20 +14,16 @@ from torch import Tensor
 
 from dpldm_core.config import ReleaseConfig
 from dpldm_core.data.schema import ImageSchema, Records, group_table, read_records
-from dpldm_core.models.autoencoder import Autoencoder
+from dpldm_core.models.autoencoder import Autoencoder, whitening
 from dpldm_core.privacy.calibration import AUTOENCODER, DIFFUSION, LABELS, LATENTS, PRIOR, TEACHER
 from dpldm_core.privacy.one_shot import noisy_records
 from dpldm_core.privacy.plan import GaussianRecordPlan, GaussianSumPlan, ReleasePlan
 from dpldm_core.rng import SecretKey
 from dpldm_core.threads import choose_threads
-from dpldm_core.training.autoencoder import encode, pretrain_on_procedural, train_autoencoder
+from dpldm_core.training.autoencoder import encode, pretrain_autoencoder, train_autoencoder
 from dpldm_core.training.building import new_autoencoder, new_denoiser, new_teacher, to_tensor, to_uint8
-from dpldm_core.training.diffusion import (
-    fit_released_prior,
-    release_prior,
-    train_denoiser,
-    train_denoiser_on_released,
-)
+from dpldm_core.training.diffusion import pretrain_denoiser, train_denoiser, train_denoiser_on_released
+from dpldm_core.training.prior import fit_released_prior, release_prior
 from dpldm_core.training.private import OnStep, TrainLoop, train_private
 from dpldm_core.training.sampling import sample_images
 from dpldm_core.training.state import load_model, save_model
@@ -101,7 +97,7 @@ def train_codec(
     choose_threads()
     records = read_records(train)
     model = new_autoencoder(config, records.schema)
-    curve = pretrain_on_procedural(model, config.autoencoder, seed=config.seed)
+    curve = pretrain_autoencoder(model, config.autoencoder, seed=config.seed)
     units = _units(records, to_tensor(records.images), config).to(run.device)
     mechanism = plan.mechanism(AUTOENCODER)
     loop = run.loop(config, records.schema.num_classes)
@@ -172,7 +168,7 @@ def train_diffusion(
         run: Folder, checkpoint and callbacks.
 
     Returns:
-        (denoiser, curve): the public model, and its loss curve where that is public (else empty).
+        (denoiser, curve): the public model, and its public loss curve: on procedural images, or on released latents.
     """
     choose_threads()
     model = new_denoiser(config, schema, noise_std)
@@ -195,11 +191,14 @@ def train_diffusion(
         units = Units(tensors["latents"], tensors["labels"], tensors["table"])
         prior_plan = plan.mechanism(PRIOR)
         assert isinstance(prior_plan, GaussianSumPlan)
-        release_prior(model.prior, units, prior_plan, key_of(PRIOR), config.prior)
+        encoder = new_autoencoder(config, schema).encoder
+        curve = pretrain_denoiser(model.to(run.device), encoder, config.diffusion, seed=config.seed)
+        model.cpu()
+        white = whitening(encoder.transform.latent_shape)
+        release_prior(model.prior, units, prior_plan, key_of(PRIOR), config.prior, white)
         loop = run.loop(config, schema.num_classes)
         mechanism, key = plan.mechanism(DIFFUSION), key_of(DIFFUSION)
         trained = train_denoiser(model.to(run.device), units.to(run.device), mechanism, key, config.diffusion, **loop)  # type: ignore[arg-type]
-        curve = []
     save_model(trained, path)
     return path, curve
 

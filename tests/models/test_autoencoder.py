@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from dpldm_core.models.autoencoder import LATENT_BOUND, Autoencoder, FrequencyTransform
+from dpldm_core.models.autoencoder import LATENT_BOUND, Autoencoder, FrequencyTransform, whitening
 from dpldm_core.privacy.clipping import BookKeeping
 
 FORMATS = [(1, 28, 28), (3, 32, 32), (1, 9, 14), (3, 64, 48)]
@@ -12,23 +12,44 @@ def make(channels=1, height=28, width=28, frequencies=64):
 
 
 @pytest.mark.parametrize("shape", FORMATS)
-def test_the_transform_is_orthonormal_but_for_its_fixed_scale(shape):
-    """All frequencies kept: analysis then synthesis is the identity, and energy is that of the pixels."""
+def test_the_transform_is_orthonormal_when_nothing_is_cut(shape):
+    """All frequencies kept: shrinking changes no size, enlarging is the identity, and energy is that of the pixels."""
     transform = FrequencyTransform(*shape, 64)
     images = torch.rand(5, *shape) * 2 - 1
-    coefficients = transform.analyse(images)
-    assert coefficients.shape == (5, transform.dim)
-    torch.testing.assert_close(transform.synthesise(coefficients), images, atol=1e-5, rtol=0)
-    unscaled = coefficients.unflatten(1, (shape[0], *transform.grid)) * transform.amplitude
-    torch.testing.assert_close(unscaled.square().sum((1, 2, 3)), images.square().sum((1, 2, 3)), rtol=1e-4, atol=0)
+    small = transform.shrink(images)
+    assert small.shape == images.shape and transform.dim == images[0].numel()
+    torch.testing.assert_close(transform.enlarge(small), images, atol=1e-5, rtol=0)
+    torch.testing.assert_close(small.square().sum((1, 2, 3)), images.square().sum((1, 2, 3)), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("shape", FORMATS)
+def test_a_small_image_keeps_the_brightness_of_the_large_one(shape):
+    small = FrequencyTransform(*shape, 6).shrink(torch.full((1, *shape), 0.5))
+    assert small.shape == (1, shape[0], 6, 6)
+    expected = torch.full((6, 6), 0.5 * (1 if shape[0] == 1 else 3**0.5))  # luminance of gray, orthonormal
+    torch.testing.assert_close(small[0, 0], expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("shape", [(1, 14, 14), (3, 9, 6)])
+def test_whitened_coordinates_have_the_variance_of_the_law(shape):
+    """Images whose cosine amplitudes follow 0.35 sqrt(h w) / (1 + radius) become white; the map has an inverse."""
+    height, width = shape[1:]
+    white = whitening(shape).double()
+    back = torch.linalg.inv(white)
+    flat = torch.full(shape, 1.0).flatten().double()
+    assert float((white @ flat)[0]) == pytest.approx(1 / 0.35, rel=1e-4), "the mean is the first cosine"
+    norms = back.norm(dim=0).view(shape)  # of the image that one coordinate stands for: cosines are orthonormal
+    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    expected = 0.35 * (height * width) ** 0.5 / (1 + torch.hypot(y.double(), x.double()))
+    torch.testing.assert_close(norms, expected.expand(shape).double(), rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("shape", FORMATS)
 def test_cut_frequencies_give_the_closest_image_of_that_dimension(shape):
     """Projection: encoding what was decoded changes nothing."""
     transform = FrequencyTransform(*shape, 6)
-    once = transform.synthesise(transform.analyse(torch.rand(4, *shape)))
-    torch.testing.assert_close(transform.synthesise(transform.analyse(once)), once, atol=1e-5, rtol=0)
+    once = transform.enlarge(transform.shrink(torch.rand(4, *shape)))
+    torch.testing.assert_close(transform.enlarge(transform.shrink(once)), once, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("shape", FORMATS)

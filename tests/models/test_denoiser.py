@@ -47,6 +47,29 @@ def test_posterior_sample_has_the_posterior_mean_and_covariance(prior):
     torch.testing.assert_close(torch.cov(draws.T), expected, atol=0.02, rtol=0)
 
 
+def test_samples_have_the_mean_and_covariance_of_their_class(prior):
+    n = 40_000
+    noise, labels = torch.randn(n, 5, generator=torch.Generator().manual_seed(4)), torch.arange(n) % 3
+    for added in (0.0, 0.5):
+        draws = prior.sample(noise, labels, added)
+        for label in range(3):
+            own = draws[labels == label]
+            torch.testing.assert_close(own.mean(0), prior.means[label], atol=0.06, rtol=0)
+            expected = covariances(3, 5)[label] + added * torch.eye(5)
+            torch.testing.assert_close(torch.cov(own.T), expected, atol=0.1, rtol=0)
+
+
+def test_a_transformed_prior_is_that_of_the_transformed_latents(prior):
+    """Draws of it have mean L m and covariance L S L^T."""
+    linear = torch.randn(5, 5, generator=torch.Generator().manual_seed(5))
+    means = prior.means.clone()
+    prior.transform(linear)
+    torch.testing.assert_close(prior.means, means @ linear.T, atol=1e-5, rtol=1e-5)
+    for label in range(3):
+        found = prior.bases[label] @ torch.diag(prior.variances[label]) @ prior.bases[label].T
+        torch.testing.assert_close(found, linear @ covariances(3, 5)[label] @ linear.T, atol=1e-4, rtol=1e-4)
+
+
 def test_eigenvalues_below_the_floor_are_raised():
     prior = GaussianPrior(1, 2)
     prior.set_moments(torch.zeros(1, 2), torch.tensor([[[1.0, 0.0], [0.0, -3.0]]]), variance_floor=0.25)
@@ -64,7 +87,7 @@ def test_edm_preconditioning(sigma):
 
 
 def test_an_untrained_denoiser_is_the_priors(prior):
-    model = Denoiser(dim=5, num_classes=3, width=8, depth=2, sigma_data=0.5)
+    model = Denoiser(latent_shape=(1, 1, 5), num_classes=3, width=8, depth=2, sigma_data=0.5)
     model.prior.load_state_dict(prior.state_dict())
     x, sigma, labels = torch.randn(6, 5), torch.rand(6) + 0.1, torch.arange(6) % 3
     torch.testing.assert_close(model(x, sigma, labels), prior.denoise(x, sigma, labels))
@@ -73,7 +96,7 @@ def test_an_untrained_denoiser_is_the_priors(prior):
 def test_a_row_depends_on_its_own_inputs_alone():
     """What DP-SGD needs of the network: no statistics over the batch."""
     torch.manual_seed(0)
-    model = Denoiser(dim=5, num_classes=3, width=8, depth=2, sigma_data=0.5)
+    model = Denoiser(latent_shape=(1, 1, 5), num_classes=3, width=8, depth=2, sigma_data=0.5)
     torch.nn.init.normal_(model.network.outer.weight)
     x, sigma, labels = torch.randn(6, 5), torch.rand(6) + 0.1, torch.arange(6) % 3
     together = model(x, sigma, labels)

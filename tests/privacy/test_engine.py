@@ -488,3 +488,12 @@ def test_two_processes_make_the_step_of_one_with_the_noise_added_once(tmp_path):
         both = [torch.load(tmp_path / f"{name}{rank}.pt", weights_only=True) for rank in (0, 1)]
         assert torch.equal(both[0], both[1]), "processes must stay in step"
         assert torch.allclose(both[0], noisy_sum(alone), atol=1e-5 * C)
+
+
+def test_a_process_without_rows_adds_nothing(monkeypatch):
+    """More processes than rows of a batch: what is left of the step of such a one is the noise."""
+    silent, idle = make_model(), make_model()
+    make_engine(silent, loss=no_gradient).noisy_step(0, 30, lambda i: {"x": private_data()[i]})
+    monkeypatch.setattr("dpldm_core.privacy.engine._share_of_this_process", lambda indices: indices[:0])
+    make_engine(idle).noisy_step(0, 30, lambda i: {"x": private_data()[i]})
+    assert torch.equal(noisy_sum(silent), noisy_sum(idle))

@@ -1,0 +1,43 @@
+"""What is refused before any budget is spent because the budget would buy nothing."""
+
+import re
+
+import numpy as np
+import pytest
+
+from dpldm_core.errors import ConfigError
+from dpldm_core.release.opening import check_request, decide
+
+
+def decision(tmp_path, num_images, epsilon, preset="quick"):
+    rng = np.random.default_rng(0)
+    path = tmp_path / f"scans{num_images}.npz"
+    np.savez(path, images=rng.integers(0, 256, (num_images, 12, 12), dtype=np.uint8), labels=np.arange(num_images) % 4)
+    request = check_request(
+        dataset=str(path),
+        epsilon=epsilon,
+        delta=1e-5,
+        preset=preset,
+        num_samples=0,
+        latent_mechanism="dp_sgd",
+        budget_epsilon=0.0,
+        out=str(tmp_path / "releases"),
+        config="",
+    )
+    return decide(request, data_root=None, cache_dir=None)
+
+
+def test_an_epsilon_that_drowns_the_data_is_refused_with_what_would_do(tmp_path):
+    with pytest.raises(ConfigError, match="the budget would buy nothing") as refused:
+        decision(tmp_path, 600, 0.2)
+    text = str(refused.value)
+    assert "epsilon=0.2" in text and " records of 4 classes" in text
+    epsilon = float(re.search(r"epsilon of about ([0-9.]+)", text)[1])
+    records = int(re.search(r"about (\d+) records", text)[1])
+    assert 0.2 < epsilon < 10 and 600 < records < 100_000
+    assert decision(tmp_path, 600, 1.2 * epsilon), "what the message names does do"
+    assert decision(tmp_path, records + records // 5, 0.2)
+
+
+def test_two_steps_for_a_test_are_never_refused_for_their_noise(tmp_path):
+    assert decision(tmp_path, 600, 0.2, preset="smoke")

@@ -1,0 +1,88 @@
+"""Stage 2 before it meets private data, and the prior that it starts from."""
+
+import math
+
+import pytest
+import torch
+
+from dpldm_core.models.autoencoder import whitening
+from dpldm_core.models.prior import GaussianPrior
+from dpldm_core.presets import resolve_config
+from dpldm_core.privacy.plan import GaussianSumPlan
+from dpldm_core.rng import SecretKey
+from dpldm_core.training.autoencoder import build_autoencoder
+from dpldm_core.training.diffusion import build_denoiser, pretrain_denoiser
+from dpldm_core.training.prior import release_prior
+from dpldm_core.training.units import Units
+
+
+def settings(frequencies=6, **diffusion):
+    overrides = {"autoencoder": {"frequencies": frequencies}, "diffusion": {"width": 16, "depth": 2, **diffusion}}
+    return resolve_config(
+        dataset="d",
+        epsilon=8.0,
+        delta=1e-5,
+        preset="smoke",
+        num_samples=0,
+        latent_mechanism="dp_sgd",
+        public_num_records=None,
+        overrides=overrides,
+    )
+
+
+def models(config, channels=1, size=12):
+    autoencoder = build_autoencoder(config.autoencoder, channels=channels, height=size, width=size)
+    shape = autoencoder.encoder.transform.latent_shape
+    return autoencoder.encoder, build_denoiser(config.diffusion, latent_shape=shape, num_classes=3)
+
+
+def test_procedural_images_teach_the_denoiser_before_any_private_one():
+    config = settings(14, procedural_steps=160, procedural_batch_size=64, width=32)
+    encoder, model = models(config, size=28)
+    before = {name: value.clone() for name, value in model.prior.state_dict().items()}
+    curve = pretrain_denoiser(model, encoder, config.diffusion, seed=0)
+    assert len(curve) == 160 and sum(curve[-30:]) < 0.97 * sum(curve[:30])
+    assert all(torch.equal(value, before[name]) for name, value in model.prior.state_dict().items())
+
+
+def test_equal_seeds_pretrain_equal_networks_and_no_steps_change_nothing():
+    config = settings(procedural_steps=3)
+    weights = []
+    for seed in (1, 1, 2):
+        encoder, model = models(config)
+        pretrain_denoiser(model, encoder, config.diffusion, seed=seed)
+        weights.append(torch.cat([p.detach().flatten() for p in model.network.parameters()]))
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+    encoder, model = models(settings(procedural_steps=0))
+    assert pretrain_denoiser(model, encoder, settings(procedural_steps=0).diffusion, seed=1) == []
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 4), (1, 5, 3)])
+def test_a_network_learns_nothing_of_the_edge_that_it_pads(shape):
+    """Odd sizes are padded before and cut after: the output has the latent's size, and no class is no error."""
+    model = build_denoiser(settings().diffusion, latent_shape=shape, num_classes=2)
+    dim = math.prod(shape)
+    x, sigma = torch.randn(3, dim), torch.ones(3)
+    assert model(x, sigma, torch.tensor([0, 1, 1])).shape == (3, dim)
+    estimate = torch.zeros(3, dim)
+    torch.testing.assert_close(model.refine(x, sigma, estimate, torch.full((3,), -1)), estimate)
+
+
+def test_the_released_prior_is_that_of_the_latents():
+    """Measured in whitened coordinates with next to no noise, then mapped back: the latents' own moments."""
+    config, n, shape = settings(), 6000, (1, 4, 4)
+    generator, white = torch.Generator().manual_seed(0), whitening(shape)
+    coordinates = 0.3 * torch.randn(n, 16, generator=generator)
+    labels = torch.arange(n) % 2
+    coordinates[labels == 1, 3] += 0.5
+    latents = coordinates @ torch.linalg.inv(white).T
+    prior = GaussianPrior(2, 16)
+    plan = GaussianSumPlan(stage="latent_prior", max_norm=1.0, noise_multiplier=1e-6)
+    units = Units(latents, labels, torch.arange(n)[:, None])
+    settings_of_prior = config.prior.model_copy(update={"clip_norm": 5.0, "class_weight": 1.0, "variance_floor": 1e-3})
+    release_prior(prior, units, plan, SecretKey(bytes(32)), settings_of_prior, white)
+    for label in range(2):
+        own = latents[labels == label]
+        torch.testing.assert_close(prior.means[label], own.mean(0), atol=5e-3, rtol=0)
+        found = prior.bases[label] @ torch.diag(prior.variances[label]) @ prior.bases[label].T
+        torch.testing.assert_close(found, torch.cov(own.T), atol=5e-3, rtol=0)
