@@ -53,16 +53,16 @@ def _quick(num_records: int) -> dict[str, Any]:
             "procedural_steps": 300,
             "procedural_batch_size": 256,
             "sigma_data": 0.5,
-            "P_mean": -0.8,
+            "P_mean": 0.2,
             "P_std": 1.0,
             "noise_multiplicity": 1,
             "dp_sgd": _dp_sgd(
                 1024,
                 num_records,
-                num_steps=150,
+                num_steps=100,
                 max_grad_norm=0.5,
-                learning_rate=1e-3,
-                ema_decay=0.97,
+                learning_rate=4e-3,
+                ema_decay=0.95,
                 budget_share=0.3,
             ),
         },
@@ -80,14 +80,14 @@ def _quick(num_records: int) -> dict[str, Any]:
         "sampling": {
             "num_samples": 10_000,
             "num_steps": 8,
-            "sigma_min": 0.02,
-            "sigma_max": 2.0,
+            "sigma_min": 0.04,
+            "sigma_max": 4.0,
             "S_churn": 8.0,
             "num_shards": 2,
         },
         "evaluation": {"num_epochs": 4, "num_seeds": 1, "max_frechet_images": 5_000, "metrics_share": 0.01},
         "performance": {
-            "physical_batch_size": 512,
+            "physical_batch_size": 256,
             "clip_backend": "book_keeping",
             "matmul_precision": "float32",
             "checkpoint_every": 50,
@@ -106,9 +106,9 @@ def _cpu(num_records: int) -> dict[str, Any]:
     }
     values["prior"]["budget_share"] = 0.5
     values["diffusion"] |= {
-        "noise_multiplicity": 8,
+        "procedural_steps": 1_000,
         "dp_sgd": _dp_sgd(
-            2048, num_records, num_steps=400, max_grad_norm=0.5, learning_rate=1e-3, ema_decay=0.98, budget_share=0.3
+            2048, num_records, num_steps=250, max_grad_norm=0.5, learning_rate=4e-3, ema_decay=0.97, budget_share=0.3
         ),
     }
     values["teacher"] |= {
@@ -127,13 +127,15 @@ def _gpu(num_records: int) -> dict[str, Any]:
     """60,000 images in minutes on one GPU."""
     values = _cpu(num_records)
     values["diffusion"] |= {
-        "width": 512,
-        "noise_multiplicity": 16,
+        "width": 128,
+        "depth": 6,
+        "procedural_steps": 5_000,
+        "noise_multiplicity": 4,
         "dp_sgd": _dp_sgd(
-            4096, num_records, num_steps=1_500, max_grad_norm=0.5, learning_rate=1e-3, ema_decay=0.99, budget_share=0.3
+            4096, num_records, num_steps=1_500, max_grad_norm=0.5, learning_rate=2e-3, ema_decay=0.99, budget_share=0.3
         ),
     }
-    values["performance"] |= {"physical_batch_size": 4096}
+    values["performance"] |= {"physical_batch_size": 1024}
     return values
 
 
