@@ -22,17 +22,29 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import torch
 from _machine import describe_machine
+from safetensors.torch import load_file
 
+from dpldm_core.config import ReleaseConfig
 from dpldm_core.data.ingest import ingest_dataset
-from dpldm_core.privacy.calibration import TEACHER
-from dpldm_core.release.measuring import evaluate_files
+from dpldm_core.data.schema import ImageSchema, read_records
+from dpldm_core.models.autoencoder import whitening
+from dpldm_core.models.classifier import train_classifier
+from dpldm_core.models.prior import GaussianPrior
+from dpldm_core.privacy.calibration import PRIOR, TEACHER, calibrate, relation_of
+from dpldm_core.privacy.plan import GaussianSumPlan
+from dpldm_core.release.measuring import FIRST_SEED, evaluate_files
 from dpldm_core.release.opening import check_request, decide
 from dpldm_core.release.publishing import publish_release
 from dpldm_core.release.sampling import write_shard
+from dpldm_core.release.synthetic import write_synthetic_parquet
 from dpldm_core.release.verify import verify_bundle
 from dpldm_core.rng import SecretKey
 from dpldm_core.training import stages
+from dpldm_core.training.building import new_autoencoder, to_uint8
+from dpldm_core.training.prior import release_prior
+from dpldm_core.training.units import Units
 
 RESULTS = Path(__file__).parent / "results" / "quality"
 
@@ -54,6 +66,31 @@ class Clock:
             "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2),
         }
         print(f"{name:18s} {self.stages[name]}", flush=True)
+
+
+def one_shot_prior(latents: Path, config: ReleaseConfig, schema: ImageSchema, folder: Path) -> Path:
+    """Images of the class Gaussians alone, with the whole epsilon spent on them and no learnt part: the baseline."""
+    plan = calibrate(
+        [(GaussianSumPlan(stage=PRIOR, max_norm=1.0, noise_multiplier=1.0), 1.0)],
+        target_epsilon=config.epsilon,
+        delta=config.delta,
+        relation=relation_of(config.latent_mechanism),
+        unit_of_privacy="one record",
+    )
+    mechanism = plan.mechanism(PRIOR)
+    assert isinstance(mechanism, GaussianSumPlan)
+    tensors, codec = load_file(latents), new_autoencoder(config, schema)
+    units = Units(tensors["latents"], tensors["labels"], tensors["table"])
+    prior = GaussianPrior(schema.num_classes, codec.latent_dim)
+    white = whitening(codec.encoder.transform.latent_shape)
+    release_prior(prior, units, mechanism, SecretKey.generate(), config.prior, white)
+    labels = torch.arange(config.num_samples) % schema.num_classes
+    noise = torch.randn(len(labels), codec.latent_dim, generator=torch.Generator().manual_seed(config.seed))
+    with torch.no_grad():
+        images = to_uint8(codec.decoder(prior.sample(noise, labels)))
+    path = folder / "prior.parquet"
+    write_synthetic_parquet(path, images, labels.numpy(), schema.class_names, schema.labelled)
+    return path
 
 
 def release_and_measure(arguments: argparse.Namespace, folder: Path) -> dict:
@@ -117,16 +154,27 @@ def release_and_measure(arguments: argparse.Namespace, folder: Path) -> dict:
     if arguments.picture:
         Path(arguments.picture).write_bytes(published.samples_png)
     measured = {"num_seeds": arguments.seeds, "max_frechet_images": arguments.frechet_images}
+    evaluation = config.evaluation.model_copy(update=measured)
+    real = read_records(train)
     with clock.stage("evaluate"):
-        _, numbers = evaluate_files(
-            [part],
-            train,
-            heldout,
-            folder,
-            config.evaluation.model_copy(update=measured),
-            inception_weights=arguments.inception_weights or None,
-        )
-    result = json.loads((folder / "evaluation.json").read_text())
+        options = {"inception_weights": arguments.inception_weights or None, "real_classifier": None}
+        if schema.num_classes > 1:
+            options["real_classifier"] = train_classifier(
+                real.images,
+                real.labels,
+                num_classes=schema.num_classes,
+                num_epochs=evaluation.num_epochs,
+                seed=FIRST_SEED,
+            )
+        _, numbers = evaluate_files([part], train, heldout, folder, evaluation, **options)
+        result = json.loads((folder / "evaluation.json").read_text())
+    baselines = {}
+    if config.latent_mechanism == "dp_sgd":
+        with clock.stage("one_shot_prior"):
+            images = one_shot_prior(latents, config, schema, folder)
+            once = evaluation.model_copy(update={"num_seeds": 1})
+            evaluate_files([images], train, heldout, folder, once, **options)
+            baselines["one_shot_prior"] = json.loads((folder / "evaluation.json").read_text())
     made = (
         "open",
         "ingest",
@@ -151,6 +199,7 @@ def release_and_measure(arguments: argparse.Namespace, folder: Path) -> dict:
         "release_minutes": round(sum(clock.stages[name]["wall_seconds"] for name in made) / 60, 2),
         "stages": clock.stages,
         "measured": result,
+        "baselines": baselines,
         "config": config.model_dump(mode="json"),
         "machine": describe_machine(),
     }

@@ -99,26 +99,25 @@ def _cpu(num_records: int) -> dict[str, Any]:
     """60,000 images in half an hour on two cores."""
     values = _quick(num_records)
     values["autoencoder"] |= {
-        "procedural_steps": 800,
+        "procedural_steps": 500,
         "dp_sgd": _dp_sgd(
-            512, num_records, num_steps=80, max_grad_norm=0.1, learning_rate=2e-3, ema_decay=0.9, budget_share=0.05
+            512, num_records, num_steps=60, max_grad_norm=0.1, learning_rate=2e-3, ema_decay=0.9, budget_share=0.05
         ),
     }
-    values["prior"]["budget_share"] = 0.5
     values["diffusion"] |= {
-        "procedural_steps": 1_000,
+        "procedural_steps": 600,
         "dp_sgd": _dp_sgd(
-            2048, num_records, num_steps=250, max_grad_norm=0.5, learning_rate=4e-3, ema_decay=0.97, budget_share=0.3
+            2048, num_records, num_steps=150, max_grad_norm=0.5, learning_rate=4e-3, ema_decay=0.97, budget_share=0.3
         ),
     }
     values["teacher"] |= {
-        "num_synthetic": 30_000,
+        "num_synthetic": 20_000,
         "expected_batch_size": _batch(4096, num_records),
         "dp_sgd": _dp_sgd(
             4096, num_records, num_steps=100, max_grad_norm=0.5, learning_rate=60.0, ema_decay=0.9, budget_share=0.15
         ),
     }
-    values["sampling"] |= {"num_samples": 60_000, "num_steps": 12, "num_shards": 4}
+    values["sampling"] |= {"num_samples": 60_000, "num_shards": 4}
     values["evaluation"] = {"num_epochs": 4, "num_seeds": 3, "max_frechet_images": 10_000, "metrics_share": 0.01}
     return values
 

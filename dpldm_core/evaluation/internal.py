@@ -88,6 +88,7 @@ def evaluate_release(
     inception_weights: str | None,
     max_frechet_images: int,
     synthetic_classifier: SmallCnn | None = None,
+    real_classifier: SmallCnn | None = None,
 ) -> InternalEvaluation:
     """Measure utility, fidelity and memorisation of synthetic images against real records.
 
@@ -102,6 +103,7 @@ def evaluate_release(
         inception_weights: File with weights of the Inception network; None: features of the ceiling classifier.
         max_frechet_images: Images a side in Frechet distances at most.
         synthetic_classifier: The classifier of the first seed on the synthetic images, if it is trained already.
+        real_classifier: The one on the real training records, likewise.
 
     Returns:
         All measurements. Private.
@@ -118,7 +120,7 @@ def evaluate_release(
     if enough and num_classes > 1:
         measure = partial(_accuracy, heldout=heldout, num_classes=num_classes, num_epochs=num_epochs)
         synthetic, _ = measure((images, labels), seeds=seeds, first=synthetic_classifier)
-        ceiling, classifier = measure(train, seeds=seeds[:1])
+        ceiling, classifier = measure(train, seeds=seeds[:1], first=real_classifier)
         extractor = extractor or classifier_extractor(classifier)
     if enough and extractor:
         frechet = frechet_distances(extractor, *sides.values(), max_images=max_frechet_images, seed=seeds[0])

@@ -76,6 +76,7 @@ def evaluate_files(
     *,
     inception_weights: str | None,
     synthetic_classifier: SmallCnn | None = None,
+    real_classifier: SmallCnn | None = None,
 ) -> tuple[Path, dict[str, float]]:
     """Measure a release. The result is private: it was computed from private records.
 
@@ -87,6 +88,7 @@ def evaluate_files(
         config: Epochs, seeds and sizes.
         inception_weights: File with the Inception weights of FID, if there is one.
         synthetic_classifier: From :func:`release_accuracy`, so that it is not trained twice.
+        real_classifier: One on all of ``train`` with the first seed, likewise.
 
     Returns:
         The JSON file with everything, and its plain numbers by dotted name.
@@ -108,6 +110,7 @@ def evaluate_files(
         inception_weights=inception_weights,
         max_frechet_images=config.max_frechet_images,
         synthetic_classifier=synthetic_classifier,
+        real_classifier=real_classifier,
     ).to_dict()
     path = folder / "evaluation.json"
     path.write_text(json.dumps(result, indent=2))
