@@ -75,6 +75,7 @@ T_DISCRETE, T_ONE_PLACE, T_ONE_SHOT = map(_T.format, ("discrete", "one_place", "
 T_PLAN, T_REPORT = map(_T.format, ("plan", "report"))
 T_RNG, T_SPLIT = "tests/test_rng.py::test_", "tests/data/test_split.py::test_"
 T_LOOP, T_UNITS, T_STAGES = (f"tests/training/test_{name}.py::test_" for name in ("private", "units", "stage_batches"))
+T_DIFFUSION, T_TRAINED = (f"tests/training/test_{name}.py::test_" for name in ("diffusion", "stages"))
 T_MEASURING, T_VERIFY = (f"tests/release/test_release_{name}.py::test_" for name in ("measuring", "verify"))
 T_TRAPS = "tests/tasks/test_traps.py::test_"
 T_PIPELINE = "tests/tasks/test_release_pipeline.py::test_"
@@ -366,6 +367,32 @@ MUTANTS = (
         "draw=lambda batch, generator: draw_diffusion(batch, generator, config, model.sigma_data),",
         "draw=lambda batch, generator: draw_diffusion(batch, generator, config, float(units.values.std())),",
         (f"{T_STAGES}the_batch_of_a_unit_does_not_depend_on_another_unit[denoiser]",),
+    ),
+    Mutant(
+        "the_prior_is_measured_in_coordinates_scaled_by_the_private_std",
+        "latent std from data",
+        STAGES,
+        "        white = whitening(encoder.transform.latent_shape)\n",
+        "        white = torch.diag(1 / units.values.std(0))\n",
+        (f"{T_DIFFUSION}no_latent_reaches_a_mechanism_through_another_or_the_network_before_its_noise",),
+    ),
+    Mutant(
+        "the_denoiser_is_pretrained_on_the_private_latents",
+        "a second un-noised optimiser",
+        STAGES,
+        "        curve = pretrain_denoiser(model.to(run.device), encoder, config.diffusion, seed=config.seed)\n",
+        "        model, curve = train_denoiser_on_released(\n"
+        '            model, tensors["latents"], tensors["labels"], config.diffusion, num_steps=2, batch_size=9, seed=0\n'
+        "        )\n",
+        (f"{T_DIFFUSION}no_latent_reaches_a_mechanism_through_another_or_the_network_before_its_noise",),
+    ),
+    Mutant(
+        "the_teachers_features_are_learnt_from_private_images",
+        "a second un-noised optimiser",
+        STAGES,
+        "    learn_features(teacher, images, labels, config.teacher, seed=config.seed)\n",
+        "    learn_features(teacher, records.images, records.labels, config.teacher, seed=config.seed)\n",
+        (f"{T_TRAINED}the_teacher_learns_its_features_from_other_samples_than_are_published",),
     ),
     Mutant(
         "latents_standardised_by_their_own_mean_and_std",

@@ -4,12 +4,16 @@ import math
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from dpldm_core.data.schema import ImageSchema
 from dpldm_core.models.autoencoder import whitening
 from dpldm_core.models.prior import GaussianPrior
 from dpldm_core.presets import resolve_config
-from dpldm_core.privacy.plan import GaussianSumPlan
+from dpldm_core.privacy.one_shot import noisy_class_moments
+from dpldm_core.privacy.plan import DpSgdPlan, GaussianSumPlan, ReleasePlan
 from dpldm_core.rng import SecretKey
+from dpldm_core.training import stages
 from dpldm_core.training.autoencoder import build_autoencoder
 from dpldm_core.training.diffusion import build_denoiser, pretrain_denoiser
 from dpldm_core.training.prior import release_prior
@@ -86,3 +90,52 @@ def test_the_released_prior_is_that_of_the_latents():
         torch.testing.assert_close(prior.means[label], own.mean(0), atol=5e-3, rtol=0)
         found = prior.bases[label] @ torch.diag(prior.variances[label]) @ prior.bases[label].T
         torch.testing.assert_close(found, torch.cov(own.T), atol=5e-3, rtol=0)
+
+
+def seen_by_the_mechanisms(tmp_path, monkeypatch, latents):
+    """What the prior's mechanism and the first DP-SGD step are given when the stage runs on some private latents."""
+    schema = ImageSchema(height=8, width=8, channels=1, class_names=("a", "b"), labelled=True, grouped=False)
+    n, seen = len(latents), {}
+    table = {"latents": latents, "labels": torch.arange(n) % 2, "table": torch.arange(n)[:, None]}
+    save_file(table, tmp_path / "latents.safetensors")
+    prior = GaussianSumPlan(stage="latent_prior", max_norm=1.0, noise_multiplier=1.0)
+    dp_sgd = DpSgdPlan(
+        stage="train_diffusion",
+        sample_rate=0.5,
+        num_steps=2,
+        max_grad_norm=0.1,
+        noise_multiplier=1.0,
+        truncation_probability=1e-12,
+        max_batch_size=24,
+    )
+    release = ReleasePlan(
+        mechanisms=(prior, dp_sgd), delta=1e-5, relation="ADD_OR_REMOVE_ONE", unit_of_privacy="one record"
+    )
+
+    def spying_moments(plan, key, vectors, *rest, **options):
+        seen["vectors"] = vectors
+        return noisy_class_moments(plan, key, vectors, *rest, **options)
+
+    def no_training(model, units, *rest, **loop):
+        seen["network"] = torch.cat([p.detach().flatten() for p in model.network.parameters()])
+        return model
+
+    monkeypatch.setattr("dpldm_core.training.prior.noisy_class_moments", spying_moments)
+    monkeypatch.setattr(stages, "train_denoiser", no_training)
+    config, key = settings(4), SecretKey(bytes(32))
+    stages.train_diffusion(
+        tmp_path / "latents.safetensors", 0.0, config, schema, release, lambda stage: key, stages.Run(tmp_path)
+    )
+    return seen
+
+
+def test_no_latent_reaches_a_mechanism_through_another_or_the_network_before_its_noise(tmp_path, monkeypatch):
+    """Scales or a basis read from the data, and ordinary training on it, would show in what neighbours share."""
+    latents = torch.randn(20, 16, generator=torch.Generator().manual_seed(1))
+    before = seen_by_the_mechanisms(tmp_path, monkeypatch, latents)
+    other = latents.clone()
+    other[19] = 100.0
+    after = seen_by_the_mechanisms(tmp_path, monkeypatch, other)
+    assert torch.equal(before["vectors"][:19], after["vectors"][:19])
+    assert not torch.equal(before["vectors"][19], after["vectors"][19])
+    assert torch.equal(before["network"], after["network"])
