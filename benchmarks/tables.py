@@ -17,8 +17,8 @@ def quality_table() -> str:
     """One row per result file of benchmarks/quality.py."""
     rows = [
         "| data | epsilon (delta 1e-5) | preset | small CNN trained on it: accuracy, sd, max of n | on real data | "
-        "Frechet distance / floor | minutes | machine |",
-        "|---|---|---|---|---|---|---|---|",
+        "Frechet distance / floor | one-shot prior alone: accuracy, distance | minutes | machine |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     results = [json.loads(path.read_text()) for path in sorted((HERE / "results" / "quality").glob("*.json"))]
     order = sorted(results, key=lambda r: (r["dataset"], r["preset"], r["config"]["latent_mechanism"], -r["epsilon"]))
@@ -31,6 +31,7 @@ def _quality_row(result: dict) -> str:
     metric = next(name for name in ("fid", "fd_inception768", "fd_real_classifier") if name in measured)
     frechet, machine = measured[metric], result["machine"]
     deviation = f"{100 * accuracy['std']:.1f}" if accuracy["std"] is not None else "-"
+    prior = result.get("baselines", {}).get("one_shot_prior")
     mode = "" if result["config"]["latent_mechanism"] == "dp_sgd" else ", noised_latents"
     cells = (
         f"{result['dataset']}{mode}",
@@ -39,6 +40,7 @@ def _quality_row(result: dict) -> str:
         f"{100 * accuracy['mean']:.1f}, {deviation}, {100 * accuracy['max']:.1f} of {accuracy['num_seeds']}",
         f"{100 * ceiling['mean']:.1f}",
         f"{frechet['distance']:.3g} / {frechet['floor']:.3g} ({metric}, n={frechet['num_images']:,})",
+        f"{100 * prior['train_on_synthetic_accuracy']['mean']:.1f}, {prior[metric]['distance']:.3g}" if prior else "-",
         f"{result['release_minutes']:.1f}",
         machine["gpu"] or f"{machine['cores']} cores, {machine['processor']}",
     )

@@ -48,7 +48,7 @@ def _quick(num_records: int) -> dict[str, Any]:
         },
         "prior": {"clip_norm": 0.9, "variance_floor": 0.01, "class_weight": 0.2, "budget_share": 0.5},
         "diffusion": {
-            "width": 64,
+            "width": 32,
             "depth": 4,
             "procedural_steps": 300,
             "procedural_batch_size": 256,
@@ -105,6 +105,7 @@ def _cpu(num_records: int) -> dict[str, Any]:
         ),
     }
     values["diffusion"] |= {
+        "width": 64,
         "procedural_steps": 600,
         "dp_sgd": _dp_sgd(
             2048, num_records, num_steps=150, max_grad_norm=0.5, learning_rate=4e-3, ema_decay=0.97, budget_share=0.3
