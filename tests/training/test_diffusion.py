@@ -41,11 +41,11 @@ def models(config, channels=1, size=12):
 
 
 def test_procedural_images_teach_the_denoiser_before_any_private_one():
-    config = settings(14, procedural_steps=160, procedural_batch_size=64, width=32)
+    config = settings(14, procedural_steps=160, procedural_batch_size=64, width=32, P_mean=-1.5, P_std=0.5)
     encoder, model = models(config, size=28)
     before = {name: value.clone() for name, value in model.prior.state_dict().items()}
     curve = pretrain_denoiser(model, encoder, config.diffusion, seed=0)
-    assert len(curve) == 160 and sum(curve[-30:]) < 0.97 * sum(curve[:30])
+    assert len(curve) == 160 and sum(curve[-30:]) < 0.93 * sum(curve[:30])
     assert all(torch.equal(value, before[name]) for name, value in model.prior.state_dict().items())
 
 
