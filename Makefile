@@ -10,7 +10,7 @@ GPU_IMAGE ?= dpldm/gpu:$(TAG)
 export TMPDIR := $(CURDIR)/.flyte-work
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: release resample test check slow ui verify lint types lock package register mutants clean
+.PHONY: release sweep resample test check slow ui verify lint types lock package register mutants clean
 .DEFAULT_GOAL := help
 help:  ## what can be made
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/'
@@ -29,6 +29,8 @@ $(TMPDIR):
 
 release: $(VENV)/.release | $(TMPDIR)  ## make a release: make release ARGS="--dataset mnist --epsilon 10"
 	$(BIN)/pyflyte run workflows/release.py release_pipeline $(ARGS)
+sweep: $(VENV)/.release | $(TMPDIR)  ## releases at several epsilons and their curve: ARGS="--epsilons '[1, 3, 10]'"
+	$(BIN)/pyflyte run workflows/sweep.py sweep_pipeline $(ARGS)
 resample: $(VENV)/.release | $(TMPDIR)  ## more images from a published bundle: ARGS="--bundle releases/<id>"
 	$(BIN)/pyflyte run workflows/release.py resample_pipeline $(ARGS)
 verify: $(VENV)/.release  ## recompute the promise of a bundle: make verify BUNDLE=releases/<id>

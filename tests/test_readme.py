@@ -16,8 +16,10 @@ def test_every_make_target_exists():
 
 def test_every_option_of_the_release_exists():
     from workflows.release import release_pipeline, resample_pipeline
+    from workflows.sweep import sweep_pipeline
 
-    known = {*release_pipeline.python_interface.inputs, *resample_pipeline.python_interface.inputs, "help", "raise"}
+    pipelines = release_pipeline, resample_pipeline, sweep_pipeline
+    known = {"help", "raise", *(name for pipeline in pipelines for name in pipeline.python_interface.inputs)}
     known |= {"account", "budget-epsilon", "inception-weights", "dry-run"}
     assert set(re.findall(r"--([a-z][a-z_-]+)", README)) <= known
 

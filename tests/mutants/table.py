@@ -382,7 +382,8 @@ MUTANTS = (
         STAGES,
         "        curve = pretrain_denoiser(model.to(run.device), encoder, config.diffusion, seed=config.seed)\n",
         "        model, curve = train_denoiser_on_released(\n"
-        '            model, tensors["latents"], tensors["labels"], config.diffusion, num_steps=2, batch_size=9, seed=0\n'
+        '            model, tensors["latents"], tensors["labels"], config.diffusion, num_steps=2, batch_size=9, '
+        "seed=0\n"
         "        )\n",
         (f"{T_DIFFUSION}no_latent_reaches_a_mechanism_through_another_or_the_network_before_its_noise",),
     ),
