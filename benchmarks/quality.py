@@ -22,18 +22,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch
+from _baselines import BASELINES
 from _machine import describe_machine
-from safetensors.torch import load_file
 
-from dpldm_core.config import ReleaseConfig
 from dpldm_core.data.ingest import ingest_dataset
-from dpldm_core.data.schema import ImageSchema, read_records
-from dpldm_core.models.autoencoder import whitening
+from dpldm_core.data.schema import read_records
 from dpldm_core.models.classifier import train_classifier
-from dpldm_core.models.prior import GaussianPrior
-from dpldm_core.privacy.calibration import PRIOR, TEACHER, calibrate, relation_of
-from dpldm_core.privacy.plan import GaussianSumPlan
+from dpldm_core.privacy.calibration import TEACHER
 from dpldm_core.release.measuring import FIRST_SEED, evaluate_files
 from dpldm_core.release.opening import check_request, decide
 from dpldm_core.release.publishing import publish_release
@@ -42,9 +37,6 @@ from dpldm_core.release.synthetic import write_synthetic_parquet
 from dpldm_core.release.verify import verify_bundle
 from dpldm_core.rng import SecretKey
 from dpldm_core.training import stages
-from dpldm_core.training.building import new_autoencoder, to_uint8
-from dpldm_core.training.prior import release_prior
-from dpldm_core.training.units import Units
 
 RESULTS = Path(__file__).parent / "results" / "quality"
 
@@ -66,31 +58,6 @@ class Clock:
             "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2),
         }
         print(f"{name:18s} {self.stages[name]}", flush=True)
-
-
-def one_shot_prior(latents: Path, config: ReleaseConfig, schema: ImageSchema, folder: Path) -> Path:
-    """Images of the class Gaussians alone, with the whole epsilon spent on them and no learnt part: the baseline."""
-    plan = calibrate(
-        [(GaussianSumPlan(stage=PRIOR, max_norm=1.0, noise_multiplier=1.0), 1.0)],
-        target_epsilon=config.epsilon,
-        delta=config.delta,
-        relation=relation_of(config.latent_mechanism),
-        unit_of_privacy="one record",
-    )
-    mechanism = plan.mechanism(PRIOR)
-    assert isinstance(mechanism, GaussianSumPlan)
-    tensors, codec = load_file(latents), new_autoencoder(config, schema)
-    units = Units(tensors["latents"], tensors["labels"], tensors["table"])
-    prior = GaussianPrior(schema.num_classes, codec.latent_dim)
-    white = whitening(codec.encoder.transform.latent_shape)
-    release_prior(prior, units, mechanism, SecretKey.generate(), config.prior, white)
-    labels = torch.arange(config.num_samples) % schema.num_classes
-    noise = torch.randn(len(labels), codec.latent_dim, generator=torch.Generator().manual_seed(config.seed))
-    with torch.no_grad():
-        images = to_uint8(codec.decoder(prior.sample(noise, labels)))
-    path = folder / "prior.parquet"
-    write_synthetic_parquet(path, images, labels.numpy(), schema.class_names, schema.labelled)
-    return path
 
 
 def release_and_measure(arguments: argparse.Namespace, folder: Path) -> dict:
@@ -169,12 +136,15 @@ def release_and_measure(arguments: argparse.Namespace, folder: Path) -> dict:
         _, numbers = evaluate_files([part], train, heldout, folder, evaluation, **options)
         result = json.loads((folder / "evaluation.json").read_text())
     baselines = {}
-    if config.latent_mechanism == "dp_sgd":
-        with clock.stage("one_shot_prior"):
-            images = one_shot_prior(latents, config, schema, folder)
-            once = evaluation.model_copy(update={"num_seeds": 1})
-            evaluate_files([images], train, heldout, folder, once, **options)
-            baselines["one_shot_prior"] = json.loads((folder / "evaluation.json").read_text())
+    for name in arguments.baselines if config.latent_mechanism == "dp_sgd" else ():
+        with clock.stage(name):
+            drawn = BASELINES[name](real, config)
+            path = folder / f"{name}.parquet"
+            write_synthetic_parquet(path, *drawn, schema.class_names, schema.labelled)
+        once = evaluation.model_copy(update={"num_seeds": 1})
+        evaluate_files([path], train, heldout, folder, once, **options)
+        baselines[name] = json.loads((folder / "evaluation.json").read_text())
+        print(name, baselines[name]["train_on_synthetic_accuracy"], flush=True)
     made = (
         "open",
         "ingest",
@@ -220,6 +190,9 @@ def main() -> None:
     parser.add_argument("--frechet-images", type=int, default=10_000, help="images a side")
     parser.add_argument("--inception-weights", default="", help="file with Inception weights")
     parser.add_argument("--tuned-on", default="", help="data that the preset's values were chosen on")
+    parser.add_argument(
+        "--baselines", nargs="*", default=["one_shot_prior"], choices=sorted(BASELINES), help="measured in the same run"
+    )
     parser.add_argument("--picture", default="", help="where to write samples.png")
     parser.add_argument("--name", default="", help="name of the result file")
     arguments = parser.parse_args()
