@@ -69,7 +69,8 @@ def check_sweep(
     if not request.public_data and budget_epsilon < sum(epsilons):
         raise ConfigError(
             f"budget_epsilon={budget_epsilon:g}: {len(epsilons)} releases of one data set are charged together, at "
-            f"most {math.fsum(epsilons):g}. Set budget_epsilon to that, or sweep over public data, which protects nobody"
+            f"most {math.fsum(epsilons):g}. Set budget_epsilon to that, or sweep over public data, which protects "
+            "nobody"
         )
     return sorted(epsilons)
 
