@@ -55,6 +55,9 @@ def test_caching_covers_the_code_and_never_the_ledger(package):
             "publish",
             "resample",
             "audit_stages",
+            "check_sweep",
+            "release_each",
+            "write_curve",
         )
         assert task.metadata.discoverable == (not books), f"{name}: a cached task would not book, or not write"
     versions = {t.metadata.discovery_version for t in package.tasks.values() if t.metadata.discoverable}
