@@ -34,7 +34,7 @@ def _batch(batch: int, num_records: int) -> int:
 
 
 def _quick(num_records: int) -> dict[str, Any]:
-    """The embedded data in two minutes on two cores."""
+    """The embedded data in three minutes on two cores."""
     return {
         "max_records_per_group": 4,
         "autoencoder": {
