@@ -107,7 +107,7 @@ def pixel_dpdm(records: Records, config: ReleaseConfig) -> Drawn:
     """DPDM (Dockhorn et al. 2023) in a plain configuration: EDM on pixels, trained from scratch by DP-SGD alone.
 
     The same network as the release's, on all pixels, with the preconditioning of Karras et al. (2022) in the place of
-    a prior, the whole epsilon, and about the minutes of the release: a step costs four times one on the latents.
+    a prior, the whole epsilon, and half as many steps: one costs more, on all pixels.
     """
     choose_threads()
     schema, settings = records.schema, config.diffusion

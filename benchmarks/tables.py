@@ -16,8 +16,8 @@ MARK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 def quality_table() -> str:
     """One row per result file of benchmarks/quality.py."""
     rows = [
-        "| data | epsilon (delta 1e-5) | preset | small CNN trained on it: accuracy, sd, max of n | on real data | "
-        "Frechet distance / floor | one-shot prior alone: accuracy, distance | minutes | machine |",
+        "| data | epsilon (delta 1e-5) | preset | small CNN trained on it: accuracy, sd, max of n, images | on "
+        "real data | Frechet distance / floor | one-shot prior alone: accuracy, distance | minutes | machine |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     results = [json.loads(path.read_text()) for path in sorted((HERE / "results" / "quality").glob("*.json"))]
@@ -37,7 +37,8 @@ def _quality_row(result: dict) -> str:
         f"{result['dataset']}{mode}",
         f"{result['epsilon']:.2f} {result['neighboring_relation']}",
         result["preset"],
-        f"{100 * accuracy['mean']:.1f}, {deviation}, {100 * accuracy['max']:.1f} of {accuracy['num_seeds']}",
+        f"{100 * accuracy['mean']:.1f}, {deviation}, {100 * accuracy['max']:.1f} of {accuracy['num_seeds']}, "
+        f"{accuracy['num_images']:,}",
         f"{100 * ceiling['mean']:.1f}",
         f"{frechet['distance']:.3g} / {frechet['floor']:.3g} ({metric}, n={frechet['num_images']:,})",
         f"{100 * prior['train_on_synthetic_accuracy']['mean']:.1f}, {prior[metric]['distance']:.3g}" if prior else "-",

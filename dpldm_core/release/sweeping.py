@@ -12,7 +12,7 @@ import fsspec
 
 from dpldm_core.errors import ConfigError
 from dpldm_core.presets import load_overrides
-from dpldm_core.release.bundle import local_copy
+from dpldm_core.release.bundle import METRICS, REPORT, local_copy
 from dpldm_core.release.metrics import ReleasedMetrics
 from dpldm_core.release.opening import check_request
 
@@ -88,8 +88,8 @@ def write_curve(bundles: Sequence[str], out: str) -> tuple[str, str]:
     points = []
     for bundle in bundles:
         with local_copy(bundle) as folder:
-            report = json.loads((folder / "privacy_report.json").read_text())
-            metrics = ReleasedMetrics.model_validate_json((folder / "metrics.json").read_text())
+            report = json.loads((folder / REPORT).read_text())
+            metrics = ReleasedMetrics.model_validate_json((folder / METRICS).read_text())
         points.append(
             {
                 "release_id": Path(bundle.rstrip("/")).name,

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from sklearn.cluster import KMeans
 from torch import Tensor, nn
 
 from dpldm_core.config import DiffusionConfig
@@ -74,6 +73,8 @@ def pretrain_denoiser(model: Denoiser, encoder: Encoder, config: DiffusionConfig
     Returns:
         The loss of each step.
     """
+    from sklearn.cluster import KMeans  # takes a second; most of those that import this module train nothing
+
     if config.procedural_steps == 0:
         return []
     generator, device = np.random.default_rng(seed), next(model.network.parameters()).device
@@ -100,10 +101,8 @@ def pretrain_denoiser(model: Denoiser, encoder: Encoder, config: DiffusionConfig
     )
     for _ in range(config.procedural_steps):
         rows = torch.from_numpy(generator.integers(size, size=config.procedural_batch_size)).to(device)
-        shape = (len(rows), 1)
-        sigma = model.sigma_data * training_sigmas(shape, P_mean=config.P_mean, P_std=config.P_std, generator=generator)
-        noise = torch.from_numpy(generator.standard_normal((*shape, model.dim), dtype=np.float32))
-        sigma, noise = sigma.to(device), noise.to(device)
+        batch = draw_diffusion({"values": latents[rows][:, None]}, generator, config, model.sigma_data)
+        sigma, noise = batch["sigma"][:, 0], batch["noise"][:, 0]
         weight = edm_weight(sigma, model.sigma_data)
         loss = denoising_loss(denoise, latents[rows], groups[rows], sigma, noise, weight).mean()
         optimizer.zero_grad()

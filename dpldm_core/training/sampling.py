@@ -12,6 +12,7 @@ from dpldm_core.config import ReleaseConfig
 from dpldm_core.data.schema import ImageSchema
 from dpldm_core.diffusion.sampler import heun_sampler, sample_noise
 from dpldm_core.diffusion.schedule import sampling_sigmas
+from dpldm_core.models.autoencoder import whitening
 from dpldm_core.threads import choose_threads
 from dpldm_core.training.building import new_autoencoder, new_denoiser, new_teacher, to_uint8
 from dpldm_core.training.state import load_model
@@ -58,6 +59,8 @@ def sample_images(
     scale = model.sigma_data / config.diffusion.sigma_data
     settings = config.sampling
     sigmas = scale * sampling_sigmas(settings.num_steps, sigma_min=settings.sigma_min, sigma_max=settings.sigma_max)
+    white = whitening(autoencoder.encoder.transform.latent_shape).double()
+    back = torch.linalg.inv(white).float().to(device)  # latents were whitened before they were released
     images, labels = [], []
     for start in range(0, len(indices), batch_size):
         chunk = list(indices[start : start + batch_size])
@@ -67,7 +70,7 @@ def sample_images(
         prior_draws = model.prior.sample(noise[-1], classes, noise_std**2)
         latents = heun_sampler(model, prior_draws, noise[:-2], classes, sigmas=sigmas, S_churn=settings.S_churn)
         if noise_std > 0:
-            latents = model.prior.posterior_sample(latents, noise_std, classes, noise[-2])
+            latents = model.prior.posterior_sample(latents, noise_std, classes, noise[-2]) @ back.T
         images.append(to_uint8(autoencoder.decoder(latents)))
         labels.append(class_labels.numpy())
     drawn = np.concatenate(images)

@@ -111,7 +111,7 @@ def train_codec(
 def extract_latents(
     train: Path, autoencoder: Path, config: ReleaseConfig, plan: ReleasePlan, key_of: StageKey, run: Run
 ) -> tuple[Path, float]:
-    """Encode the private records: private latents, or released ones in the mode ``noised_latents``.
+    """Encode the private records: private latents, or released ones, whitened, in the mode ``noised_latents``.
 
     Args:
         train: Private training records.
@@ -135,7 +135,8 @@ def extract_latents(
         mechanism = plan.mechanism(LATENTS)
         assert isinstance(mechanism, GaussianRecordPlan)
         per_unit = units.table.shape[1]
-        latents = noisy_records(mechanism, key_of(LATENTS), latents[kept], per_unit)
+        white = whitening(model.encoder.transform.latent_shape)  # of the noise, each coordinate gets its share
+        latents = noisy_records(mechanism, key_of(LATENTS), latents[kept] @ white.T, per_unit)
         labels = labels[kept]
         if records.schema.num_classes > 1:
             released = plan.mechanism(LABELS).randomize(key_of(LABELS), labels.numpy())  # type: ignore[union-attr]

@@ -2,21 +2,25 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-from dpldm_core.data.schema import ImageSchema
+from dpldm_core.data.schema import ImageSchema, Records, write_records
 from dpldm_core.models.autoencoder import whitening
 from dpldm_core.models.prior import GaussianPrior
 from dpldm_core.presets import resolve_config
 from dpldm_core.privacy.one_shot import noisy_class_moments
-from dpldm_core.privacy.plan import DpSgdPlan, GaussianSumPlan, ReleasePlan
+from dpldm_core.privacy.plan import DpSgdPlan, GaussianRecordPlan, GaussianSumPlan, ReleasePlan
 from dpldm_core.rng import SecretKey
 from dpldm_core.training import stages
 from dpldm_core.training.autoencoder import build_autoencoder
+from dpldm_core.training.building import new_autoencoder, new_denoiser, to_tensor, to_uint8
 from dpldm_core.training.diffusion import build_denoiser, pretrain_denoiser
 from dpldm_core.training.prior import release_prior
+from dpldm_core.training.sampling import sample_images
+from dpldm_core.training.state import save_model
 from dpldm_core.training.units import Units
 
 
@@ -62,14 +66,16 @@ def test_equal_seeds_pretrain_equal_networks_and_no_steps_change_nothing():
 
 
 @pytest.mark.parametrize("shape", [(1, 4, 4), (1, 5, 3)])
-def test_a_network_learns_nothing_of_the_edge_that_it_pads(shape):
-    """Odd sizes are padded before and cut after: the output has the latent's size, and no class is no error."""
+def test_odd_sizes_are_padded_and_cut_and_no_class_is_no_error(shape):
     model = build_denoiser(settings().diffusion, latent_shape=shape, num_classes=2)
+    torch.nn.init.normal_(model.network.outer.weight)
     dim = math.prod(shape)
     x, sigma = torch.randn(3, dim), torch.ones(3)
     assert model(x, sigma, torch.tensor([0, 1, 1])).shape == (3, dim)
-    estimate = torch.zeros(3, dim)
-    torch.testing.assert_close(model.refine(x, sigma, estimate, torch.full((3,), -1)), estimate)
+    estimate, nameless = torch.zeros(3, dim), torch.full((3,), -1)
+    found = model.refine(x, sigma, estimate, nameless)
+    assert bool((found != 0).all()), "every pixel of the latent is corrected"
+    assert not torch.equal(found, model.refine(x, sigma, estimate, torch.zeros_like(nameless)))
 
 
 def test_the_released_prior_is_that_of_the_latents():
@@ -140,3 +146,38 @@ def test_no_latent_reaches_a_mechanism_through_another_or_the_network_before_its
     assert torch.equal(before["vectors"][:19], after["vectors"][:19])
     assert not torch.equal(before["vectors"][19], after["vectors"][19])
     assert torch.equal(before["network"], after["network"])
+
+
+def test_released_latents_are_whitened_and_sampling_leads_back_to_images(tmp_path):
+    """Mode noised_latents, with next to no noise: a prior that holds one released latent draws that latent's image."""
+    schema = ImageSchema(height=8, width=8, channels=1, class_names=("",), labelled=False, grouped=False)
+    config = resolve_config(
+        dataset="d",
+        epsilon=8.0,
+        delta=1e-5,
+        preset="smoke",
+        num_samples=4,
+        latent_mechanism="noised_latents",
+        public_num_records=None,
+    )
+    ramp = np.linspace(40, 200, 8).astype(np.uint8)
+    images = np.broadcast_to(ramp[None, :, None, None], (6, 8, 8, 1)).copy()
+    write_records(tmp_path / "train", Records(images, np.zeros(6, np.int64), None, schema))
+    codec = new_autoencoder(config, schema)
+    paths = tmp_path / "autoencoder.safetensors", tmp_path / "decoder.safetensors", tmp_path / "denoiser.safetensors"
+    save_model(codec, paths[0])
+    save_model(codec.decoder, paths[1])
+    records = GaussianRecordPlan(stage="extract_latents", max_norm=100.0, noise_multiplier=1e-7)
+    release = ReleasePlan(mechanisms=(records,), delta=1e-5, relation="REPLACE_ONE", unit_of_privacy="one record")
+    run, key = stages.Run(tmp_path), SecretKey(bytes(32))
+    released, noise_std = stages.extract_latents(tmp_path / "train", paths[0], config, release, lambda stage: key, run)
+    latents = load_file(released)["latents"]
+    expected = codec.encoder(to_tensor(images)) @ whitening(codec.encoder.transform.latent_shape).T
+    torch.testing.assert_close(latents, expected, atol=1e-3, rtol=0)
+    model = new_denoiser(config, schema, noise_std)
+    model.prior.means.copy_(latents[:1])
+    model.prior.variances.fill_(1e-8)
+    save_model(model, paths[2])
+    drawn, _ = sample_images(paths[1], paths[2], config, schema, range(4), noise_std=noise_std)
+    restored = to_uint8(codec(to_tensor(images)).detach())
+    assert np.abs(drawn.astype(int) - restored[:4].astype(int)).max() <= 2
