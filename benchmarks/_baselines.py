@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dpldm_core.config import DpSgdConfig, ReleaseConfig
 from dpldm_core.data.schema import Records
-from dpldm_core.diffusion.sampler import heun_sampler, sample_noise
+from dpldm_core.diffusion.sampler import dpm_sampler, sample_noise
 from dpldm_core.diffusion.schedule import sampling_sigmas
 from dpldm_core.models.autoencoder import whitening
 from dpldm_core.models.prior import GaussianPrior
@@ -24,7 +24,7 @@ from dpldm_core.privacy.calibration import DIFFUSION, PRIOR, calibrate, relation
 from dpldm_core.privacy.one_shot import noisy_sum
 from dpldm_core.privacy.plan import DpSgdPlan, GaussianSumPlan, MechanismPlan
 from dpldm_core.rng import SecretKey
-from dpldm_core.threads import choose_threads
+from dpldm_core.threads import settle_on_cpu
 from dpldm_core.training.autoencoder import build_autoencoder, encode
 from dpldm_core.training.building import to_tensor, to_uint8
 from dpldm_core.training.diffusion import build_denoiser, train_denoiser
@@ -61,7 +61,7 @@ def dp_merf(records: Records, config: ReleaseConfig) -> Drawn:
     Harder, Adamczewski and Park (2021), Algorithm 1; its convolutional generator for 28x28 images, with a fixed length
     scale in the place of one that is read from the data.
     """
-    choose_threads()
+    settle_on_cpu()
     schema = records.schema
     generator = torch.Generator().manual_seed(config.seed)
     pixels = torch.from_numpy(records.images).flatten(1).float() / 255
@@ -109,7 +109,7 @@ def pixel_dpdm(records: Records, config: ReleaseConfig) -> Drawn:
     The same network as the release's, on all pixels, with the preconditioning of Karras et al. (2022) in the place of
     a prior, the whole epsilon, and half as many steps: one costs more, on all pixels.
     """
-    choose_threads()
+    settle_on_cpu()
     schema, settings = records.schema, config.diffusion
     shape = schema.channels, schema.height, schema.width
     model = build_denoiser(settings, latent_shape=shape, num_classes=schema.num_classes, seed=config.seed)
@@ -118,13 +118,13 @@ def pixel_dpdm(records: Records, config: ReleaseConfig) -> Drawn:
     units = _units(records, to_tensor(records.images).flatten(1))
     run = Run(None).loop(config, schema.num_classes)  # type: ignore[arg-type]
     trained = train_denoiser(model, units, plan, SecretKey.generate(), settings, **run)  # type: ignore[arg-type]
-    steps = config.sampling.num_steps
+    steps = 2 * config.sampling.num_steps  # from noise that drowns all to none
     sigmas = sampling_sigmas(steps, sigma_min=config.sampling.sigma_min, sigma_max=80.0)
     labels, images = torch.arange(config.num_samples) % schema.num_classes, []
     for rows in torch.arange(config.num_samples).split(_BATCH):
-        noise = sample_noise(config.seed, rows.tolist(), num_draws=steps + 1, dim=model.dim)
+        noise = sample_noise(config.seed, rows.tolist(), num_draws=steps, dim=model.dim)
         start = torch.zeros_like(noise[0])
-        drawn = heun_sampler(trained, start, noise, labels[rows], sigmas=sigmas, S_churn=config.sampling.S_churn)
+        drawn = dpm_sampler(trained, start, noise, labels[rows], sigmas=sigmas, eta=1.0)
         images.append(to_uint8(drawn.unflatten(1, shape)))
     return np.concatenate(images), labels.numpy()
 

@@ -85,10 +85,10 @@ class SamplingConfig(_Frozen):
     """The sampler. Post-processing: free."""
 
     num_samples: int = Field(ge=1, description="synthetic images, when the input num_samples is 0")
-    num_steps: int = Field(ge=2, description="noise levels of the Heun sampler")
+    num_steps: int = Field(ge=2, description="noise levels of the sampler, one evaluation each")
     sigma_min: float = Field(gt=0)
     sigma_max: float = Field(gt=0)
-    S_churn: float = Field(ge=0, description="noise added back, in total")
+    eta: float = Field(ge=0, description="fresh noise of the sampler: 0 none, 1 as the reverse diffusion")
     num_shards: int = Field(ge=1, description="parallel sampling tasks")
 
 

@@ -79,10 +79,10 @@ def _quick(num_records: int) -> dict[str, Any]:
         "noised_latents": {"autoencoder_share": 0.1, "label_share": 0.3, "num_steps": 200, "batch_size": 512},
         "sampling": {
             "num_samples": 10_000,
-            "num_steps": 8,
+            "num_steps": 10,
             "sigma_min": 0.04,
             "sigma_max": 4.0,
-            "S_churn": 8.0,
+            "eta": 3.0,
             "num_shards": 2,
         },
         "evaluation": {"num_epochs": 4, "num_seeds": 1, "max_frechet_images": 5_000, "metrics_share": 0.01},

@@ -58,7 +58,7 @@ def test_overrides_change_single_fields_only():
     ("overrides", "message"),
     [
         ({"epsilonn": 1}, "config key='epsilonn' is unknown; did you mean 'epsilon'"),
-        ({"sampling": {"S_chrun": 1}}, r"did you mean 'sampling\.S_churn'"),
+        ({"sampling": {"etta": 1}}, r"did you mean 'sampling\.eta'"),
         ({"seed": -1}, "seed=-1"),
         ({"autoencoder": {"dp_sgd": {"sample_rate": 1.5}}}, r"autoencoder\.dp_sgd\.sample_rate=1\.5"),
         ({"autoencoder": 3}, "autoencoder=3"),

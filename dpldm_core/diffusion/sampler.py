@@ -1,4 +1,4 @@
-"""The stochastic Heun sampler."""
+"""The stochastic sampler."""
 
 from __future__ import annotations
 
@@ -33,42 +33,37 @@ def sample_noise(seed: int, indices: Sequence[int], *, num_draws: int, dim: int)
 
 
 @torch.no_grad()
-def heun_sampler(
-    denoiser: DenoiserFn,
-    start: Tensor,
-    noise: Tensor,
-    class_labels: Tensor,
-    *,
-    sigmas: Tensor,
-    S_churn: float = 0.0,
-    S_noise: float = 1.0,
+def dpm_sampler(
+    denoiser: DenoiserFn, start: Tensor, noise: Tensor, class_labels: Tensor, *, sigmas: Tensor, eta: float
 ) -> Tensor:
-    """Heun's second-order steps with churn, Karras et al. (2022), Algorithm 2.
+    """SDE-DPM-Solver++(2M), Lu et al. (2022): second-order steps from the clean estimates of this level and the last.
+
+    One evaluation per level, where Heun's method takes two; docs/decisions/0012 compares them.
 
     Args:
         denoiser: D(x, sigma, class_labels).
         start: What the first noise is added to, [n, d]: clean draws of a model that is as good as the denoiser at the
             first level, or zeros where that level drowns everything.
-        noise: From :func:`sample_noise`, [steps + 1, n, d]: of the start, then one draw per step for the churn.
+        noise: From :func:`sample_noise`, [steps, n, d]: of the start, then one draw per step but the last.
         class_labels: int64 [n].
         sigmas: Decreasing levels with a final zero, [steps + 1].
-        S_churn: Total amount of noise added back; 0 is deterministic after the start.
-        S_noise: Standard deviation of the added noise.
+        eta: Fresh noise in the place of old: 0 follows the probability flow, 1 the reverse diffusion, more exchanges
+            more of it, which corrects errors of earlier steps.
 
     Returns:
         Clean latents [n, d], float32.
     """
     levels = [float(s) for s in sigmas]
-    gamma = min(S_churn / (len(levels) - 1), math.sqrt(2) - 1)
     x = start + noise[0] * levels[0]
-    ones = torch.ones(len(x), device=x.device)
+    before, width_before = None, 1.0
     for step, (sigma, following) in enumerate(pairwise(levels)):
-        raised = sigma * (1 + gamma)
-        x = x + math.sqrt(raised**2 - sigma**2) * S_noise * noise[step + 1]
-        slope = (x - denoiser(x, raised * ones, class_labels)) / raised
-        moved = x + (following - raised) * slope
-        if following > 0:
-            slope = (slope + (moved - denoiser(moved, following * ones, class_labels)) / following) / 2
-            moved = x + (following - raised) * slope
-        x = moved
+        clean = denoiser(x, torch.full((len(x),), sigma, device=x.device), class_labels)
+        if following == 0:
+            return clean
+        width = math.log(sigma / following)  # of the step in log sigma
+        slope = 0.0 if before is None else (clean - before) * (width / width_before)
+        kept, share = math.exp(-eta * width), -math.expm1(-(1 + eta) * width)
+        x = following / sigma * kept * x + share * (clean + slope / 2)
+        x = x + following * math.sqrt(1 - kept**2) * noise[step + 1]
+        before, width_before = clean, width
     return x

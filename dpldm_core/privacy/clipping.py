@@ -18,18 +18,24 @@ from dpldm_core.errors import UnsupportedLayerError
 from dpldm_core.privacy.layers import PRODUCT_ERROR, Contribution, check_layer, contributions
 
 LossFn = Callable[[], Tensor]
-_PRECISION = {"float32": "highest", "bfloat16": "medium"}  # torch's names
+_PRECISION = {"float32": ("highest", "ieee", "ieee"), "bfloat16": ("medium", "bf16", "tf32")}  # torch's names
 
 
 @contextmanager
-def _matmul_precision(name: str) -> Iterator[None]:
-    """Products of the given precision inside, whatever the process uses outside."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(name)
+def _product_precision(name: str) -> Iterator[None]:
+    """Products of the given precision inside, whatever the process uses outside; cuDNN's own choice would be TF32."""
+    convolutions = torch.backends.mkldnn.conv, torch.backends.cudnn.conv
+    matmul, *wanted = _PRECISION[name]
+    matmul_before, before = torch.get_float32_matmul_precision(), [found.fp32_precision for found in convolutions]
+    torch.set_float32_matmul_precision(matmul)
+    for found, precision in zip(convolutions, wanted, strict=True):
+        found.fp32_precision = precision
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        torch.set_float32_matmul_precision(matmul_before)
+        for found, precision in zip(convolutions, before, strict=True):
+            found.fp32_precision = precision
 
 
 class BookKeeping:
@@ -48,7 +54,7 @@ class BookKeeping:
 
     def __init__(self, model: nn.Module, *, max_norm: float, matmul_precision: str = "float32") -> None:
         self.max_norm = max_norm
-        self._products, self._product_error = _PRECISION[matmul_precision], PRODUCT_ERROR[matmul_precision]
+        self._precision, self._product_error = matmul_precision, PRODUCT_ERROR[matmul_precision]
         self.parameters: list[nn.Parameter] = []
         self._layers: dict[str, nn.Module] = {}
         for name, layer in model.named_modules():
@@ -122,15 +128,15 @@ class BookKeeping:
             UnsupportedLayerError: The forward pass does something that cannot be bounded.
         """
         units = mask.shape[0]
-        with _matmul_precision(self._products):
+        with _product_precision(self._precision):
             parts = self._contributions(loss_fn, units)
-        with _matmul_precision("highest"):
+        with _product_precision("float32"):
             norms = torch.stack([part.squared_norms(self._product_error) for part in parts]).sum(0).sqrt()
         usable = mask & torch.isfinite(norms)
         factors = torch.where(usable, (self.max_norm / norms).clamp(max=1.0), 0.0)
         if not bool(torch.isfinite(norms).all()):
             for part in parts:
                 part.drop(usable)
-        with _matmul_precision(self._products):
+        with _product_precision(self._precision):
             sums = {id(parameter): total for part in parts for parameter, total in part.weighted_sums(factors)}
         return [sums[id(p)] for p in self.parameters]

@@ -1,13 +1,15 @@
 """What each supported layer contributes to the gradient of a unit, from its input a and its output's gradient b.
 
 A contribution knows the squared norm of its part of every unit's gradient, and the sum of these parts with a factor for
-each unit. Two kinds suffice. ``Outer``: the part is a sum of outer products over the unit's M rows (records, noise
-draws, tokens), so its norm comes from M x M Gram matrices and no per-unit gradient is formed. ``Direct``: the per-unit
-gradient itself, where that is smaller than the rows: vectors, and weights that many rows (pixels) share.
+each unit. ``Outer``: the part is a sum of outer products over the unit's M rows (records, noise draws, tokens), so its
+norm comes from M x M Gram matrices and no per-unit gradient is formed. ``Fields``: the same for a convolution, whose
+rows are pixels and their receptive fields. ``Direct``: the per-unit gradient itself, where that is smaller than the
+Gram matrices: vectors, and weights that many pixels share.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -22,6 +24,7 @@ ROUNDING = 1e-5  # relative to (sum_m |a_m| |b_m|)^2, above float32's error for 
 PRODUCT_ERROR = {"float32": 0.0, "bfloat16": (1 + 2.0**-8) ** 2 - 1}
 
 _CHUNK = 32  # images whose receptive fields are copied at a time: they stay in the cache
+_CACHED = 2**17  # entries of Gram matrices that are formed at a time, for the same reason
 
 
 @dataclass
@@ -47,10 +50,7 @@ class Outer:
                 b, dim=2
             ).square_()
             return squared[:, 0] * ((1 + ROUNDING) * (1 + product_error) ** 2)
-        products = (a @ a.transpose(1, 2) + bias) * (b @ b.transpose(1, 2))
-        before_cancelling = products.diagonal(dim1=1, dim2=2).sqrt().sum(1)
-        squared = products.sum((1, 2)).clamp_(min=0) + ROUNDING * before_cancelling.square()
-        return (squared.sqrt_() + product_error * before_cancelling).square_() if product_error else squared
+        return _squared_norms((a @ a.transpose(1, 2) + bias) * (b @ b.transpose(1, 2)), product_error)
 
     def drop(self, keep: Tensor) -> None:
         """Remove the rows of units that are not kept, bool [units]: 0 times NaN would be NaN."""
@@ -87,7 +87,82 @@ class Direct:
         yield self.parameter, (factors @ self.gradient).reshape(self.parameter.shape)
 
 
-Contribution = Outer | Direct
+@dataclass
+class Fields:
+    """The weight and bias of a convolution: as Outer, with b_m an output pixel and a_m the field of inputs it sees.
+
+    Two fields share their offsets, so their product is a sum over the kernel of products of input pixels: the Gram
+    matrix of the fields, which are never copied out, is a sum of shifted parts of that of the pixels.
+    """
+
+    layer: nn.Conv2d
+    a: Tensor  # [images, channels, height, width]; those of one unit are consecutive
+    b: Tensor  # [images, out channels, rows, columns]
+    units: int
+
+    def squared_norms(self, product_error: float) -> Tensor:
+        """Upper bound on the squared norm of each unit's part, [units]; see :meth:`Outer.squared_norms`."""
+        images = len(self.a) // self.units
+        entries = (images * max(self.a[0, 0].numel(), self.b[0, 0].numel())) ** 2
+        chunk = max(1, _CACHED // entries) * images
+        pairs = zip(self.a.split(chunk), self.b.split(chunk), strict=True)
+        return torch.cat([self._bounds(a, b, images, product_error) for a, b in pairs])
+
+    def _bounds(self, a: Tensor, b: Tensor, images: int, product_error: float) -> Tensor:
+        vertical, horizontal = _offsets(self.layer, a, b, 0), _offsets(self.layer, a, b, 1)
+        pixels, products = _pixel_gram(a, images), _pixel_gram(b, images)  # [units, y, x, image, y, x, image]
+        strips = pixels.new_zeros(*pixels.shape[:2], *products.shape[2:4], *pixels.shape[4:5], *products.shape[5:])
+        for inner, outer in horizontal:
+            strips[:, :, outer, :, :, outer] += pixels[:, :, inner, :, :, inner]
+        fields = torch.full_like(products, float(_trainable(self.layer.bias) is not None))
+        for inner, outer in vertical:
+            fields[:, outer, :, :, outer] += strips[:, inner, :, :, inner]
+        rows = math.prod(fields.shape[1:4])
+        return _squared_norms((fields * products).view(-1, rows, rows), product_error)
+
+    def drop(self, keep: Tensor) -> None:
+        """Remove the images of units that are not kept, bool [units]."""
+        keep = keep.repeat_interleave(len(self.a) // self.units)[:, None, None, None]
+        self.a, self.b = torch.where(keep, self.a, 0.0), torch.where(keep, self.b, 0.0)
+
+    def weighted_sums(self, factors: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """(parameter, sum over units of factor times the unit's part)."""
+        layer, b = self.layer, self.b * factors.repeat_interleave(len(self.a) // self.units)[:, None, None, None]
+        yield (
+            layer.weight,
+            torch.nn.grad.conv2d_weight(self.a, layer.weight.shape, b, stride=layer.stride, padding=layer.padding),
+        )
+        if (bias := _trainable(layer.bias)) is not None:
+            yield bias, b.sum((0, 2, 3))
+
+
+Contribution = Outer | Fields | Direct
+
+
+def _squared_norms(products: Tensor, product_error: float) -> Tensor:
+    """Bounds from the products <a_m, a_n> <b_m, b_n> of a unit's rows, [units, M, M], to [units]."""
+    before_cancelling = products.diagonal(dim1=1, dim2=2).clamp(min=0).sqrt().sum(1)
+    squared = products.sum((1, 2)).clamp_(min=0) + ROUNDING * before_cancelling.square()
+    return (squared.sqrt_() + product_error * before_cancelling).square_() if product_error else squared
+
+
+def _pixel_gram(x: Tensor, images: int) -> Tensor:
+    """Products of all pixels of a unit's images [n, c, h, w], as [units, h, w, images, h, w, images]."""
+    rows = x.unflatten(0, (-1, images)).permute(0, 2, 3, 4, 1)  # [units, c, h, w, images]
+    flat = rows.flatten(2)
+    return torch.bmm(flat.transpose(1, 2), flat).view(len(flat), *rows.shape[2:], *rows.shape[2:])
+
+
+def _offsets(layer: nn.Conv2d, a: Tensor, b: Tensor, axis: int) -> Iterator[tuple[slice, slice]]:
+    """For each place of a kernel along an axis: the input pixels it reads, and the output pixels it reads them for."""
+    assert not isinstance(layer.padding, str)  # refused by _check_conv
+    stride, padding, size = layer.stride[axis], layer.padding[axis], a.shape[2 + axis]
+    for place in range(layer.kernel_size[axis]):
+        shift = place - padding
+        first = max(0, -(shift // stride))  # smallest output pixel whose input pixel is not padding
+        last = min(b.shape[2 + axis] - 1, (size - 1 - shift) // stride)
+        if first <= last:
+            yield slice(first * stride + shift, last * stride + shift + 1, stride), slice(first, last + 1)
 
 
 def contributions(layer: nn.Module, a: Tensor, b: Tensor, units: int) -> list[Contribution]:
@@ -140,6 +215,10 @@ def _patches(x: Tensor, layer: nn.Conv2d | nn.ConvTranspose2d) -> Tensor:
 
 def _conv(layer: nn.Conv2d, a: Tensor, b: Tensor, units: int) -> list[Contribution]:
     """The sum over output pixels of their gradient times their receptive field."""
+    rows = len(b) // units * max(a[0, 0].numel(), b[0, 0].numel())
+    gram, direct = rows * (a.shape[1] + b.shape[1]), layer.weight.numel()  # products per row
+    if _trainable(layer.weight) is not None and gram <= 2 * direct:  # copying the fields takes as long as the product
+        return [Fields(layer, a, b, units)]
     return _convolution(layer, b, a, b, units)
 
 

@@ -16,7 +16,7 @@ from dpldm_core.privacy.plan import HistogramPlan, ReleasePlan
 from dpldm_core.release.metrics import metrics_of
 from dpldm_core.release.synthetic import read_synthetic
 from dpldm_core.rng import SecretKey
-from dpldm_core.threads import choose_threads
+from dpldm_core.threads import settle_on_cpu
 
 if TYPE_CHECKING:
     from dpldm_core.models.classifier import SmallCnn
@@ -50,7 +50,7 @@ def release_accuracy(
     from dpldm_core.models.classifier import train_classifier
     from dpldm_core.privacy.one_shot import noisy_histogram
 
-    choose_threads()
+    settle_on_cpu()
     mechanism = plan.mechanism(METRICS)
     assert isinstance(mechanism, HistogramPlan)
     key = key_of(METRICS)
@@ -95,7 +95,7 @@ def evaluate_files(
     """
     from dpldm_core.evaluation.internal import evaluate_release
 
-    choose_threads()
+    settle_on_cpu()
     images, labels = read_synthetic([Path(part) for part in synthetic])
     labels = np.zeros(len(images), np.int64) if labels is None else labels
     real, test = read_records(Path(train)), read_records(Path(heldout))

@@ -10,10 +10,10 @@ import torch
 
 from dpldm_core.config import ReleaseConfig
 from dpldm_core.data.schema import ImageSchema
-from dpldm_core.diffusion.sampler import heun_sampler, sample_noise
+from dpldm_core.diffusion.sampler import dpm_sampler, sample_noise
 from dpldm_core.diffusion.schedule import sampling_sigmas
 from dpldm_core.models.autoencoder import whitening
-from dpldm_core.threads import choose_threads
+from dpldm_core.threads import settle_on_cpu
 from dpldm_core.training.building import new_autoencoder, new_denoiser, new_teacher, to_uint8
 from dpldm_core.training.state import load_model
 
@@ -49,7 +49,7 @@ def sample_images(
     Returns:
         Images uint8 [n, h, w, c] and labels int64 [n].
     """
-    choose_threads()
+    settle_on_cpu()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     autoencoder, model = new_autoencoder(config, schema), new_denoiser(config, schema, noise_std)
     load_model(autoencoder.decoder, decoder)
@@ -65,10 +65,10 @@ def sample_images(
     for start in range(0, len(indices), batch_size):
         chunk = list(indices[start : start + batch_size])
         class_labels = torch.tensor(chunk) % schema.num_classes
-        noise = sample_noise(config.seed, chunk, num_draws=settings.num_steps + 3, dim=model.dim).to(device)
+        noise = sample_noise(config.seed, chunk, num_draws=settings.num_steps + 2, dim=model.dim).to(device)
         classes = class_labels.to(device)
         prior_draws = model.prior.sample(noise[-1], classes, noise_std**2)
-        latents = heun_sampler(model, prior_draws, noise[:-2], classes, sigmas=sigmas, S_churn=settings.S_churn)
+        latents = dpm_sampler(model, prior_draws, noise[:-2], classes, sigmas=sigmas, eta=settings.eta)
         if noise_std > 0:
             latents = model.prior.posterior_sample(latents, noise_std, classes, noise[-2]) @ back.T
         images.append(to_uint8(autoencoder.decoder(latents)))

@@ -19,7 +19,7 @@ from dpldm_core.privacy.calibration import AUTOENCODER, DIFFUSION, LABELS, LATEN
 from dpldm_core.privacy.one_shot import noisy_records
 from dpldm_core.privacy.plan import GaussianRecordPlan, GaussianSumPlan, ReleasePlan
 from dpldm_core.rng import SecretKey
-from dpldm_core.threads import choose_threads
+from dpldm_core.threads import settle_on_cpu
 from dpldm_core.training.autoencoder import encode, pretrain_autoencoder, train_autoencoder
 from dpldm_core.training.building import new_autoencoder, new_denoiser, new_teacher, to_tensor, to_uint8
 from dpldm_core.training.diffusion import pretrain_denoiser, train_denoiser, train_denoiser_on_released
@@ -94,7 +94,7 @@ def train_codec(
         (autoencoder, decoder, curve): the whole model for inside use, the public decoder, and the public loss curve on
         procedural images.
     """
-    choose_threads()
+    settle_on_cpu()
     records = read_records(train)
     model = new_autoencoder(config, records.schema)
     curve = pretrain_autoencoder(model, config.autoencoder, seed=config.seed)
@@ -171,7 +171,7 @@ def train_diffusion(
     Returns:
         (denoiser, curve): the public model, and its public loss curve: on procedural images, or on released latents.
     """
-    choose_threads()
+    settle_on_cpu()
     model = new_denoiser(config, schema, noise_std)
     tensors = load_file(latents)
     path = run.folder / "denoiser.safetensors"

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from dpldm_core.diffusion.loss import denoising_loss
-from dpldm_core.diffusion.sampler import heun_sampler, sample_noise
+from dpldm_core.diffusion.sampler import dpm_sampler, sample_noise
 from dpldm_core.diffusion.schedule import sampling_sigmas, training_sigmas
 from dpldm_core.models.prior import GaussianPrior
 
@@ -57,29 +57,29 @@ def zeros(noise):
     return torch.zeros_like(noise[0])
 
 
-@pytest.mark.parametrize("churn", [0.0, 10.0])
-def test_sampler_draws_from_the_distribution_of_its_denoiser(churn):
+@pytest.mark.parametrize("eta", [0.0, 1.0, 3.0])
+def test_sampler_draws_from_the_distribution_of_its_denoiser(eta):
     """With the exact denoiser of N(2, 0.3^2) the samples have that mean and variance (false alarm below 1e-6)."""
     dim, n = 4, 3000
     noise = sample_noise(1, range(n), num_draws=101, dim=dim)
     sigmas = sampling_sigmas(100, sigma_min=0.01, sigma_max=50.0)
     labels = torch.zeros(n, dtype=torch.int64)
-    out = heun_sampler(gaussian(2.0, 0.09, dim), zeros(noise), noise, labels, sigmas=sigmas, S_churn=churn)
+    out = dpm_sampler(gaussian(2.0, 0.09, dim), zeros(noise), noise, labels, sigmas=sigmas, eta=eta)
     assert float(out.mean()) == pytest.approx(2.0, abs=6 * 0.3 / math.sqrt(dim * n))
     assert float(out.std()) == pytest.approx(0.3, rel=0.03)
 
 
-@pytest.mark.parametrize("churn", [0.0, 10.0])
-def test_a_sampler_that_starts_from_draws_of_the_model_may_start_at_any_level(churn):
+@pytest.mark.parametrize("eta", [0.0, 1.0, 3.0])
+def test_a_sampler_that_starts_from_draws_of_the_model_may_start_at_any_level(eta):
     """Draws of N(2, 0.3^2) plus noise, denoised, are draws of N(2, 0.3^2) again; from zeros they would not be."""
     dim, n = 4, 3000
     noise, labels = sample_noise(1, range(n), num_draws=43, dim=dim), torch.zeros(n, dtype=torch.int64)
     sigmas, denoise = sampling_sigmas(40, sigma_min=0.01, sigma_max=0.5), gaussian(2.0, 0.09, dim)
     start = 2.0 + 0.3 * noise[-1]
-    out = heun_sampler(denoise, start, noise[:-1], labels, sigmas=sigmas, S_churn=churn)
+    out = dpm_sampler(denoise, start, noise[:-1], labels, sigmas=sigmas, eta=eta)
     assert float(out.mean()) == pytest.approx(2.0, abs=6 * 0.3 / math.sqrt(dim * n))
     assert float(out.std()) == pytest.approx(0.3, rel=0.05)
-    far = heun_sampler(denoise, zeros(noise), noise[:-1], labels, sigmas=sigmas, S_churn=churn)
+    far = dpm_sampler(denoise, zeros(noise), noise[:-1], labels, sigmas=sigmas, eta=eta)
     assert abs(float(far.mean()) - 2.0) > 0.1
 
 
@@ -91,7 +91,7 @@ def test_the_sampler_is_of_second_order():
 
     def error(steps):
         sigmas = sampling_sigmas(steps, sigma_min=1e-3, sigma_max=5.0)
-        return float((heun_sampler(denoise, zeros(noise), noise, labels, sigmas=sigmas) - exact).abs().mean())
+        return float((dpm_sampler(denoise, zeros(noise), noise, labels, sigmas=sigmas, eta=0.0) - exact).abs().mean())
 
     assert error(80) < 0.35 * error(40) and error(40) < 0.35 * error(20)
 

@@ -328,16 +328,19 @@ def test_the_check_leaves_the_model_alone():
 @pytest.mark.parametrize("outside", ["high", "medium"])
 def test_what_the_process_uses_outside_does_not_reach_the_clip(outside):
     """TF32 or bfloat16 products break the 0.1 % that is charged for rounding in float32."""
-    seen = []
+    seen, convolutions = [], (torch.backends.mkldnn.conv, torch.backends.cudnn.conv)
 
     def spying_loss(model, batch):
-        seen.append(torch.get_float32_matmul_precision())
+        seen.append((torch.get_float32_matmul_precision(), *(found.fp32_precision for found in convolutions)))
         return loss(model, batch)
 
+    before = [found.fp32_precision for found in convolutions]
     torch.set_float32_matmul_precision(outside)
     try:
         make_engine(loss=spying_loss).noisy_step(0, 30, lambda i: {"x": private_data()[i]})
-        assert set(seen[len(seen) // 2 :]) == {"highest"} and torch.get_float32_matmul_precision() == outside
+        assert set(seen[len(seen) // 2 :]) == {("highest", "ieee", "ieee")}
+        assert torch.get_float32_matmul_precision() == outside
+        assert [found.fp32_precision for found in convolutions] == before  # cuDNN's default is TF32
     finally:
         torch.set_float32_matmul_precision("highest")
 

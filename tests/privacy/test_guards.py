@@ -7,7 +7,7 @@ from torch import nn
 from dpldm_core.errors import UnsupportedLayerError
 from dpldm_core.privacy.clipping import BookKeeping
 from dpldm_core.privacy.engine import check_bounded
-from dpldm_core.privacy.layers import ROUNDING, Outer
+from dpldm_core.privacy.layers import ROUNDING, Fields, Outer
 from dpldm_core.privacy.one_shot import CLASS_MOMENTS, MEAN, SECOND, moment_contributions
 from dpldm_core.privacy.opacus_backend import OpacusClipping
 
@@ -20,27 +20,38 @@ def cancelling(seed):
     return Outer(torch.cat([a, a], 1), torch.cat([b, -b * rest], 1), nn.Parameter(torch.zeros(50, 40)), None)
 
 
-def clipped_norms(max_norm=1e-6):
+def cancelling_images(seed):
+    """The same for two images and a convolution."""
+    g = torch.Generator().manual_seed(seed)
+    a, b = torch.randn(1, 20, 3, 2, generator=g), torch.randn(1, 30, 3, 2, generator=g)
+    rest = 1 + 1e-6 * torch.randn(b.shape, generator=g)
+    layer = nn.Conv2d(20, 30, 3, padding=1, bias=False)
+    return Fields(layer, torch.cat([a, a]), torch.cat([b, -b * rest]), 1)
+
+
+def clipped_norms(make, max_norm=1e-6):
     """Norms of clipped units over the clip norm, for 200 units."""
     found = []
     for seed in range(200):
-        part = cancelling(seed)
+        part = make(seed)
         factors = (max_norm / part.squared_norms(0.0).sqrt()).clamp(max=1.0)
         [(_, total)] = part.weighted_sums(factors)
         found.append(float(total.double().norm()) / max_norm)
     return found
 
 
-def test_no_unit_whose_rows_cancel_exceeds_the_clip():
+@pytest.mark.parametrize("make", [cancelling, cancelling_images])
+def test_no_unit_whose_rows_cancel_exceeds_the_clip(make):
     """Gram matrices in float32 see nothing of what is left; the margin for rounding must cover what the sum sees."""
-    assert max(clipped_norms()) <= 1.0
+    assert max(clipped_norms(make)) <= 1.0
 
 
-def test_without_the_margin_rows_that_cancel_exceed_the_clip(monkeypatch):
+@pytest.mark.parametrize("make", [cancelling, cancelling_images])
+def test_without_the_margin_rows_that_cancel_exceed_the_clip(make, monkeypatch):
     """The negative control."""
     assert ROUNDING > 0
     monkeypatch.setattr("dpldm_core.privacy.layers.ROUNDING", 0.0)
-    assert max(clipped_norms()) > 1.1
+    assert max(clipped_norms(make)) > 1.1
 
 
 class Remembering(nn.Module):

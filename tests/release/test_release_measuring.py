@@ -45,7 +45,7 @@ def config_of(publish=True):
 def measure(tmp_path, monkeypatch):
     """Released counts of held-out records, of a plan for units of ``most`` records."""
     # Another number of threads, chosen by the clock, would change the last bits of what two calls must agree on.
-    monkeypatch.setattr("dpldm_core.release.measuring.choose_threads", lambda: 1)
+    monkeypatch.setattr("dpldm_core.release.measuring.settle_on_cpu", lambda: 1)
     synthetic = tmp_path / "part.parquet"
     write_synthetic_parquet(synthetic, *strokes(60, 0), CLASSES)
 

@@ -126,7 +126,7 @@ def seen_by_the_mechanisms(tmp_path, monkeypatch, latents):
         seen["network"] = torch.cat([p.detach().flatten() for p in model.network.parameters()])
         return model
 
-    monkeypatch.setattr(stages, "choose_threads", lambda: 1)  # the clock's choice would change the last bits
+    monkeypatch.setattr(stages, "settle_on_cpu", lambda: 1)  # the clock's choice would change the last bits
     monkeypatch.setattr("dpldm_core.training.prior.noisy_class_moments", spying_moments)
     monkeypatch.setattr(stages, "train_denoiser", no_training)
     config, key = settings(4), SecretKey(bytes(32))

@@ -1,0 +1,40 @@
+import subprocess
+import sys
+
+import pytest
+
+from dpldm_core.threads import choose_threads, settle_on_cpu
+
+FAULTS = """
+import resource
+from dpldm_core.threads import keep_freed_memory
+{call}
+import numpy as np
+np.ones(2_000_000)  # the first time, every page is new
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(20):
+    np.ones(2_000_000)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def page_faults(call):
+    """In a process of its own: the setting lasts as long as a process."""
+    command = [sys.executable, "-c", FAULTS.format(call=call)]
+    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
+def test_a_block_that_was_freed_is_used_again():
+    assert page_faults("keep_freed_memory()") < 100 < page_faults("")
+
+
+def test_the_number_of_threads_is_one_or_all():
+    import torch
+
+    before = torch.get_num_threads()
+    try:
+        assert settle_on_cpu() == torch.get_num_threads() >= 1
+        assert choose_threads() == torch.get_num_threads()
+    finally:
+        torch.set_num_threads(before)
