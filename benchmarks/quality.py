@@ -98,7 +98,7 @@ def release_and_measure(arguments: argparse.Namespace, folder: Path) -> dict:
         denoiser, _ = stages.train_diffusion(latents, noise_std, config, schema, plan, keys.__getitem__, run)
     models = {"decoder": decoder, "denoiser": denoiser}
     with clock.stage("train_teacher"):
-        if TEACHER in plan.stages():
+        if TEACHER in plan.stages() and not arguments.drawn_labels:
             files = train, autoencoder, decoder, denoiser
             models["teacher"] = stages.train_teacher(*files, config, plan, keys[TEACHER], run)
     with clock.stage("sample"):
@@ -175,9 +175,8 @@ def release_and_measure(arguments: argparse.Namespace, folder: Path) -> dict:
     }
 
 
-def main() -> None:
-    """Run one release and write its result file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What a release is made from and how it is measured."""
     parser.add_argument("--dataset", default="mnist5k")
     parser.add_argument("--epsilon", type=float, default=10.0)
     parser.add_argument("--delta", type=float, default=1e-5)
@@ -194,6 +193,13 @@ def main() -> None:
         "--baselines", nargs="*", default=["one_shot_prior"], choices=sorted(BASELINES), help="measured in the same run"
     )
     parser.add_argument("--picture", default="", help="where to write samples.png")
+    parser.add_argument("--drawn-labels", action="store_true", help="classes as drawn: no teacher")
+
+
+def main() -> None:
+    """Run one release and write its result file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser)
     parser.add_argument("--name", default="", help="name of the result file")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

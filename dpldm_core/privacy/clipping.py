@@ -24,7 +24,7 @@ _PRECISION = {"float32": ("highest", "ieee", "ieee"), "bfloat16": ("medium", "bf
 @contextmanager
 def _product_precision(name: str) -> Iterator[None]:
     """Products of the given precision inside, whatever the process uses outside; cuDNN's own choice would be TF32."""
-    convolutions = torch.backends.mkldnn.conv, torch.backends.cudnn.conv
+    convolutions = torch.backends.mkldnn.conv, torch.backends.cudnn.conv  # type: ignore[attr-defined]
     matmul, *wanted = _PRECISION[name]
     matmul_before, before = torch.get_float32_matmul_precision(), [found.fp32_precision for found in convolutions]
     torch.set_float32_matmul_precision(matmul)

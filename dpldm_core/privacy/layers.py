@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.grad import conv2d_weight
 
 from dpldm_core.errors import UnsupportedLayerError
 
@@ -130,7 +131,7 @@ class Fields:
         layer, b = self.layer, self.b * factors.repeat_interleave(len(self.a) // self.units)[:, None, None, None]
         yield (
             layer.weight,
-            torch.nn.grad.conv2d_weight(self.a, layer.weight.shape, b, stride=layer.stride, padding=layer.padding),
+            conv2d_weight(self.a, layer.weight.shape, b, stride=layer.stride, padding=layer.padding),
         )
         if (bias := _trainable(layer.bias)) is not None:
             yield bias, b.sum((0, 2, 3))

@@ -1,0 +1,83 @@
+"""What each part of the method is worth: python benchmarks/ablation.py --data-root FOLDER [--json].
+
+The same release again and again, each time without one part; the budget of a part that is left out goes to the others.
+Accuracy, distance, epsilon and seconds of every arm, measured as in benchmarks/quality.py, one release each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+
+from _machine import describe_machine
+from quality import add_arguments, release_and_measure
+
+from dpldm_core.presets import resolve_config
+
+RESULT = Path(__file__).parent / "results" / "ablation.json"
+_NOTHING = 1e-3  # budget share of a private part that takes a single step: next to none
+SHARES = {"autoencoder": ("dp_sgd",), "prior": (), "diffusion": ("dp_sgd",), "teacher": ("dp_sgd",)}
+
+# What each arm leaves out: the section whose private steps go, or single fields.
+ARMS: dict[str, tuple[str | None, dict]] = {
+    "the whole method": (None, {}),
+    "no procedural images for the denoiser": (None, {"diffusion": {"procedural_steps": 0}}),
+    "no private steps of the denoiser": ("diffusion", {}),
+    "no procedural images for the decoder": (None, {"autoencoder": {"procedural_steps": 0}}),
+    "no private steps of the decoder": ("autoencoder", {}),
+    "no teacher: classes as drawn": ("teacher", {}),
+}
+
+
+def overrides(left_out: str | None, fields: dict, defaults: dict) -> dict:
+    """Fields of the preset that an arm changes."""
+    if left_out is None:
+        return fields
+    found: dict = {}
+    for section, path in SHARES.items():
+        block = defaults[section][path[0]] if path else defaults[section]
+        own = defaults[left_out]["dp_sgd"]["budget_share"]
+        scale = (1 - _NOTHING) / (1 - own)
+        changed = {"budget_share": block["budget_share"] * scale}
+        if section == left_out:
+            changed = {"budget_share": _NOTHING, "num_steps": 1}
+        found[section] = {path[0]: changed} if path else changed
+    return found
+
+
+def main() -> None:
+    """Run every arm and write the result file after each."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser)
+    parser.add_argument("--json", action="store_true", help="print the result last")
+    arguments = parser.parse_args()
+    defaults = resolve_config(
+        dataset=arguments.dataset,
+        epsilon=arguments.epsilon,
+        delta=arguments.delta,
+        preset=arguments.preset,
+        num_samples=arguments.num_samples,
+        latent_mechanism="dp_sgd",
+        public_num_records=None,
+    ).model_dump()
+    result: dict = {"dataset": arguments.dataset, "preset": arguments.preset, "arms": {}, "machine": describe_machine()}
+    for name, (left_out, fields) in ARMS.items():
+        print(name, flush=True)
+        with tempfile.TemporaryDirectory() as folder:
+            changes = Path(folder) / "changes.json"
+            changes.write_text(json.dumps(overrides(left_out, fields, defaults)))
+            own = vars(arguments) | {"config": str(changes), "drawn_labels": left_out == "teacher", "baselines": []}
+            if name == "the whole method":
+                own["baselines"] = ["one_shot_prior"]
+            found = release_and_measure(argparse.Namespace(**own), Path(folder))
+        kept = ("epsilon", "measured", "baselines", "release_minutes", "stages", "config")
+        result["arms"][name] = {key: found[key] for key in kept}
+        RESULT.write_text(json.dumps(result, indent=1) + "\n")
+    if arguments.json:
+        print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
