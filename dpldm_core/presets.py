@@ -108,7 +108,7 @@ def _cpu(num_records: int) -> dict[str, Any]:
         "width": 64,
         "procedural_steps": 600,
         "dp_sgd": _dp_sgd(
-            2048, num_records, num_steps=150, max_grad_norm=0.5, learning_rate=4e-3, ema_decay=0.97, budget_share=0.3
+            2048, num_records, num_steps=200, max_grad_norm=0.5, learning_rate=4e-3, ema_decay=0.97, budget_share=0.3
         ),
     }
     values["teacher"] |= {
