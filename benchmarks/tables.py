@@ -13,16 +13,44 @@ README = HERE.parent / "README.md"
 MARK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
+BASELINES = {"one_shot_prior": "one-shot prior", "dp_merf": "DP-MERF", "pixel_dpdm": "DPDM on pixels"}
+
+
+def results_of_quality() -> list[dict]:
+    """All result files of benchmarks/quality.py, in the order of the tables."""
+    results = [json.loads(path.read_text()) for path in sorted((HERE / "results" / "quality").glob("*.json"))]
+    return sorted(results, key=lambda r: (r["dataset"], r["preset"], r["config"]["latent_mechanism"], -r["epsilon"]))
+
+
+def stages_table() -> str:
+    """Processor seconds and peak memory of each stage of the same releases."""
+    stages = ("train_autoencoder", "extract_latents", "train_diffusion", "train_teacher", "sample", "publish")
+    rows = [
+        "| data | epsilon | preset | " + " | ".join(stages) + " | images | peak memory |",
+        "|" + "---|" * (5 + len(stages)),
+    ]
+    for result in results_of_quality():
+        found = [result["stages"][name] for name in stages]
+        cells = (
+            result["dataset"],
+            f"{result['config']['epsilon']:g}",
+            result["preset"],
+            *(f"{stage['cpu_seconds']:.0f}" for stage in found),
+            f"{result['config']['num_samples']:,}",
+            f"{max(stage['peak_memory_gb'] for stage in found):.1f} GB",
+        )
+        rows.append("| " + " | ".join(cells) + " |")
+    return "\n".join(rows)
+
+
 def quality_table() -> str:
     """One row per result file of benchmarks/quality.py."""
     rows = [
         "| data | epsilon (delta 1e-5) | preset | small CNN trained on it: accuracy, sd, max of n, images | on "
-        "real data | Frechet distance / floor | one-shot prior alone: accuracy, distance | minutes | machine |",
+        "real data | Frechet distance / floor | same epsilon, same run: accuracy, distance | minutes | machine |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    results = [json.loads(path.read_text()) for path in sorted((HERE / "results" / "quality").glob("*.json"))]
-    order = sorted(results, key=lambda r: (r["dataset"], r["preset"], r["config"]["latent_mechanism"], -r["epsilon"]))
-    return "\n".join(rows + [_quality_row(result) for result in order])
+    return "\n".join(rows + [_quality_row(result) for result in results_of_quality()])
 
 
 def _quality_row(result: dict) -> str:
@@ -31,7 +59,10 @@ def _quality_row(result: dict) -> str:
     metric = next(name for name in ("fid", "fd_inception768", "fd_real_classifier") if name in measured)
     frechet, machine = measured[metric], result["machine"]
     deviation = f"{100 * accuracy['std']:.1f}" if accuracy["std"] is not None else "-"
-    prior = result.get("baselines", {}).get("one_shot_prior")
+    others = [
+        f"{BASELINES[name]} {100 * found['train_on_synthetic_accuracy']['mean']:.1f}, {found[metric]['distance']:.3g}"
+        for name, found in result.get("baselines", {}).items()
+    ]
     mode = "" if result["config"]["latent_mechanism"] == "dp_sgd" else ", noised_latents"
     cells = (
         f"{result['dataset']}{mode}",
@@ -41,7 +72,7 @@ def _quality_row(result: dict) -> str:
         f"{accuracy['num_images']:,}",
         f"{100 * ceiling['mean']:.1f}",
         f"{frechet['distance']:.3g} / {frechet['floor']:.3g} ({metric}, n={frechet['num_images']:,})",
-        f"{100 * prior['train_on_synthetic_accuracy']['mean']:.1f}, {prior[metric]['distance']:.3g}" if prior else "-",
+        "; ".join(others) or "-",
         f"{result['release_minutes']:.1f}",
         machine["gpu"] or f"{machine['cores']} cores, {machine['processor']}",
     )
@@ -73,7 +104,7 @@ def dp_step_table() -> str:
     )
 
 
-TABLES = {"quality": quality_table, "dp_step": dp_step_table}
+TABLES = {"quality": quality_table, "stages": stages_table, "dp_step": dp_step_table}
 
 
 def rendered(text: str) -> str:
