@@ -25,7 +25,7 @@ ROUNDING = 1e-5  # relative to (sum_m |a_m| |b_m|)^2, above float32's error for 
 PRODUCT_ERROR = {"float32": 0.0, "bfloat16": (1 + 2.0**-8) ** 2 - 1}
 
 _CHUNK = 32  # images whose receptive fields are copied at a time: they stay in the cache
-_CACHED = 2**17  # entries of Gram matrices that are formed at a time, for the same reason
+_CACHED = 2**18  # entries of Gram matrices that are formed at a time, for the same reason
 
 
 @dataclass
@@ -110,16 +110,13 @@ class Fields:
         return torch.cat([self._bounds(a, b, images, product_error) for a, b in pairs])
 
     def _bounds(self, a: Tensor, b: Tensor, images: int, product_error: float) -> Tensor:
-        vertical, horizontal = _offsets(self.layer, a, b, 0), _offsets(self.layer, a, b, 1)
-        pixels, products = _pixel_gram(a, images), _pixel_gram(b, images)  # [units, y, x, image, y, x, image]
-        strips = pixels.new_zeros(*pixels.shape[:2], *products.shape[2:4], *pixels.shape[4:5], *products.shape[5:])
-        for inner, outer in horizontal:
-            strips[:, :, outer, :, :, outer] += pixels[:, :, inner, :, :, inner]
-        fields = torch.full_like(products, float(_trainable(self.layer.bias) is not None))
-        for inner, outer in vertical:
-            fields[:, outer, :, :, outer] += strips[:, inner, :, :, inner]
+        fields = _pixel_gram(a, images)  # [units, y, x, image, y, x, image]
+        for axis in (1, 0):
+            fields = _sum_of_shifts(fields, axis, b.shape[2 + axis], list(_offsets(self.layer, a, b, axis)))
+        if _trainable(self.layer.bias) is not None:
+            fields += 1.0  # a bias is a weight whose input is always one
         rows = math.prod(fields.shape[1:4])
-        return _squared_norms((fields * products).view(-1, rows, rows), product_error)
+        return _squared_norms(fields.mul_(_pixel_gram(b, images)).view(-1, rows, rows), product_error)
 
     def drop(self, keep: Tensor) -> None:
         """Remove the images of units that are not kept, bool [units]."""
@@ -152,6 +149,24 @@ def _pixel_gram(x: Tensor, images: int) -> Tensor:
     rows = x.unflatten(0, (-1, images)).permute(0, 2, 3, 4, 1)  # [units, c, h, w, images]
     flat = rows.flatten(2)
     return torch.bmm(flat.transpose(1, 2), flat).view(len(flat), *rows.shape[2:], *rows.shape[2:])
+
+
+def _sum_of_shifts(gram: Tensor, axis: int, size: int, offsets: list[tuple[slice, slice]]) -> Tensor:
+    """Sum over a kernel's places along one axis of the products that two output pixels of ``size`` find there."""
+    shape = list(gram.shape)
+    shape[1 + axis] = shape[4 + axis] = size
+    everything: list[slice] = [slice(None)] * gram.ndim
+    total = None
+    for inner, outer in sorted(offsets, key=lambda found: found[1].start - found[1].stop):  # the widest first
+        read, written = list(everything), list(everything)
+        read[1 + axis] = read[4 + axis] = inner
+        written[1 + axis] = written[4 + axis] = outer
+        if total is None and outer == slice(0, size):
+            total = gram[tuple(read)].clone(memory_format=torch.contiguous_format)
+            continue
+        total = gram.new_zeros(shape) if total is None else total
+        total[tuple(written)] += gram[tuple(read)]
+    return gram.new_zeros(shape) if total is None else total
 
 
 def _offsets(layer: nn.Conv2d, a: Tensor, b: Tensor, axis: int) -> Iterator[tuple[slice, slice]]:
