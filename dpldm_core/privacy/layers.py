@@ -25,6 +25,7 @@ ROUNDING = 1e-5  # relative to (sum_m |a_m| |b_m|)^2, above float32's error for 
 PRODUCT_ERROR = {"float32": 0.0, "bfloat16": (1 + 2.0**-8) ** 2 - 1}
 
 _CHUNK = 32  # images whose receptive fields are copied at a time: they stay in the cache
+_MOVE = 10  # products in the time that one number takes to be copied or added
 _CACHED = 2**18  # entries of Gram matrices that are formed at a time, for the same reason
 
 
@@ -232,8 +233,9 @@ def _patches(x: Tensor, layer: nn.Conv2d | nn.ConvTranspose2d) -> Tensor:
 def _conv(layer: nn.Conv2d, a: Tensor, b: Tensor, units: int) -> list[Contribution]:
     """The sum over output pixels of their gradient times their receptive field."""
     rows = len(b) // units * max(a[0, 0].numel(), b[0, 0].numel())
-    gram, direct = rows * (a.shape[1] + b.shape[1]), layer.weight.numel()  # products per row
-    if _trainable(layer.weight) is not None and gram <= 2 * direct:  # copying the fields takes as long as the product
+    gram = rows * (a.shape[1] + b.shape[1] + 2 * _MOVE)  # per row: products, and entries that are shifted and added
+    direct = layer.weight.numel() + layer.weight[0].numel() * _MOVE  # products, and a receptive field that is copied
+    if _trainable(layer.weight) is not None and gram <= direct:
         return [Fields(layer, a, b, units)]
     return _convolution(layer, b, a, b, units)
 
