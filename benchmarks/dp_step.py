@@ -333,7 +333,7 @@ def run(rounds: int, *, quick: bool) -> dict[str, object]:
     if not quick:
         every = list(ARMS)
         grid = [("denoiser", 1, 512, every), ("autoencoder", 1, 512, every)]
-        grid += [("denoiser", draws, 2048, own) for draws in (1, 4, 16)]
+        grid += [("denoiser", draws, rows, own) for draws, rows in ((1, 2048), (4, 2048), (16, 512))]
         grid += [("denoiser", 1, rows, own) for rows in (4096, 8192)]
         grid += [("autoencoder", 1, rows, own) for rows in (2048, 4096, 8192)]
     rows = []
