@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -293,6 +292,20 @@ def peak_memory_gb(name: str, draws: int, rows: int, arm: str) -> float:
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
 
+def resident_kb(field: str) -> int:
+    """Resident memory of this process now (VmRSS) or at most (VmHWM); getrusage would start with the parent's peak."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
+
+
+def peak_memory() -> dict[str, dict[str, float]]:
+    """Of the judged models at batch 4096, with and without privacy."""
+    return {
+        f"{name}, batch 4096": {arm: round(peak_memory_gb(name, 1, 4096, arm), 3) for arm in ("no_privacy", "ours")}
+        for name in ("denoiser", "autoencoder")
+    }
+
+
 def builder(name: str, draws: int) -> Callable[[], Workload]:
     """The workload of that name."""
     return autoencoder if name == "autoencoder" else lambda: denoiser(draws)
@@ -304,6 +317,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object last")
     parser.add_argument("--quick", action="store_true", help="batch 2048 and our arms alone; writes no file")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--memory", action="store_true", help="measure peak memory alone, into the result file")
     parser.add_argument("--memory-of", choices=sorted(ARMS), help=argparse.SUPPRESS)
     parser.add_argument("--model", default="denoiser", help=argparse.SUPPRESS)
     parser.add_argument("--batch", type=int, default=2048, help=argparse.SUPPRESS)
@@ -313,9 +327,14 @@ def main() -> None:
     if arm := arguments.memory_of:
         rows = arguments.batch
         step = ARMS[arm](builder(arguments.model, arguments.draws)(), rows, min(rows, physical_of(arm)))
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        before = resident_kb("VmRSS")
         step()
-        print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e6)
+        print((resident_kb("VmHWM") - before) / 1e6)
+        return
+    if arguments.memory:
+        result = json.loads(RESULTS.read_text()) | {"peak_memory_gb": peak_memory()}
+        RESULTS.write_text(json.dumps(result, indent=1) + "\n")
         return
     result = run(arguments.rounds, quick=arguments.quick)
     if not arguments.quick:
@@ -346,12 +365,7 @@ def run(rounds: int, *, quick: bool) -> dict[str, object]:
     ratios |= {f"{name}_bfloat16": at[name]["ours_bfloat16"]["ratio"] for name in ("denoiser", "autoencoder")}  # type: ignore[index]
     result: dict[str, object] = {"ratios": ratios, "rounds": rounds, "threads": threads, "rows": rows}
     if not quick:
-        result["peak_memory_gb"] = {
-            f"{name}, batch 4096": {
-                arm: round(peak_memory_gb(name, draws, 4096, arm), 3) for arm in ("no_privacy", "ours")
-            }
-            for name, draws in (("denoiser", 1), ("autoencoder", 1))
-        }
+        result["peak_memory_gb"] = peak_memory()
     return result | {"machine": describe_machine()}
 
 
