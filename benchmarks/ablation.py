@@ -53,6 +53,8 @@ def main() -> None:
     add_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print the result last")
     arguments = parser.parse_args()
+    if arguments.config or arguments.drawn_labels:
+        parser.error("--config and --drawn-labels are set by the arms")
     defaults = resolve_config(
         dataset=arguments.dataset,
         epsilon=arguments.epsilon,

@@ -3,7 +3,7 @@
 The release's own denoiser and autoencoder, on random data of MNIST's shape. Every arm runs forward pass, gradient, its
 noise and Adam on batches of the same number of rows; all arms take turns within each round, and a ratio is the median
 over rounds of (arm / no privacy) in that round, so that other work on the machine hits both. Peak memory is that of a
-process which runs one arm alone, less that of one which only builds it.
+process which runs one arm alone, less what it held before its first step.
 
 Arms: ``no_privacy`` (float32), ``ours``, ``ours_bfloat16`` (products in bfloat16), ``opacus_hooks``, ``opacus_ghost``
 (each noise draw clipped by itself, so not the same mechanism above one draw), ``vmap`` (torch.func).
@@ -275,7 +275,7 @@ def physical_of(arm: str) -> int:
     return 128 if arm in ("opacus_hooks", "vmap") else 512
 
 
-def peak_memory_gb(name: str, draws: int, rows: int, arm: str) -> float:
+def peak_memory_gb(name: str, rows: int, arm: str) -> float:
     """Memory that a step needs above what building it needs, in a process of its own."""
     command = [
         sys.executable,
@@ -286,8 +286,6 @@ def peak_memory_gb(name: str, draws: int, rows: int, arm: str) -> float:
         name,
         "--batch",
         str(rows),
-        "--draws",
-        str(draws),
     ]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
@@ -301,7 +299,7 @@ def resident_kb(field: str) -> int:
 def peak_memory() -> dict[str, dict[str, float]]:
     """Of the judged models at batch 4096, with and without privacy."""
     return {
-        f"{name}, batch 4096": {arm: round(peak_memory_gb(name, 1, 4096, arm), 3) for arm in ("no_privacy", "ours")}
+        f"{name}, batch 4096": {arm: round(peak_memory_gb(name, 4096, arm), 3) for arm in ("no_privacy", "ours")}
         for name in ("denoiser", "autoencoder")
     }
 
@@ -321,12 +319,11 @@ def main() -> None:
     parser.add_argument("--memory-of", choices=sorted(ARMS), help=argparse.SUPPRESS)
     parser.add_argument("--model", default="denoiser", help=argparse.SUPPRESS)
     parser.add_argument("--batch", type=int, default=2048, help=argparse.SUPPRESS)
-    parser.add_argument("--draws", type=int, default=4, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")  # opacus and torch on hooks
     if arm := arguments.memory_of:
         rows = arguments.batch
-        step = ARMS[arm](builder(arguments.model, arguments.draws)(), rows, min(rows, physical_of(arm)))
+        step = ARMS[arm](builder(arguments.model, 1)(), rows, min(rows, physical_of(arm)))
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
         before = resident_kb("VmRSS")
         step()

@@ -2,7 +2,7 @@
 
 On a core that another process keeps busy, every short parallel region waits for the scheduler: two threads were then
 ten times slower than one (measured). So the number is chosen by trying. And glibc gives large blocks back to the kernel
-as soon as they are free, which clears them again for the next forward pass: a sixth of a step's time (measured).
+as soon as they are free, which clears them again for the next forward pass: a process that computes keeps them.
 """
 
 from __future__ import annotations

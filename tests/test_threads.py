@@ -10,10 +10,12 @@ import resource
 from dpldm_core.threads import keep_freed_memory
 {call}
 import numpy as np
-np.ones(2_000_000)  # the first time, every page is new
+def a_forward_pass():
+    [np.ones(1_000_000) for _ in range(8)]  # held together, then freed together
+a_forward_pass()  # the first time, every page is new
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(20):
-    np.ones(2_000_000)
+for _ in range(5):
+    a_forward_pass()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
