@@ -145,6 +145,18 @@ def release_and_measure(arguments: argparse.Namespace, folder: Path) -> dict:
         evaluate_files([path], train, heldout, folder, once, **options)
         baselines[name] = json.loads((folder / "evaluation.json").read_text())
         print(name, baselines[name]["train_on_synthetic_accuracy"], flush=True)
+    guided = {}
+    for strength in arguments.guidance:
+        sampling = config.sampling.model_copy(update={"guidance": strength})
+        with clock.stage(f"guidance {strength:g}"):
+            again = config.model_copy(update={"sampling": sampling})
+            where = folder / f"guidance-{strength:g}"
+            where.mkdir()
+            part = write_shard(where, 0, again, schema.model_dump_json(), noise_std=noise_std, num_shards=1, **models)
+        once = evaluation.model_copy(update={"num_seeds": 1})
+        evaluate_files([part], train, heldout, folder, once, **options)
+        guided[f"{strength:g}"] = json.loads((folder / "evaluation.json").read_text())
+        print(strength, guided[f"{strength:g}"]["train_on_synthetic_accuracy"], flush=True)
     made = (
         "open",
         "ingest",
@@ -170,6 +182,7 @@ def release_and_measure(arguments: argparse.Namespace, folder: Path) -> dict:
         "stages": clock.stages,
         "measured": result,
         "baselines": baselines,
+        "guidance": guided,
         "config": config.model_dump(mode="json"),
         "machine": describe_machine(),
     }
@@ -191,6 +204,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tuned-on", default="", help="data that the preset's values were chosen on")
     parser.add_argument(
         "--baselines", nargs="*", default=["one_shot_prior"], choices=sorted(BASELINES), help="measured in the same run"
+    )
+    parser.add_argument(
+        "--guidance", nargs="*", type=float, default=[], help="strengths that the same release is sampled with again"
     )
     parser.add_argument("--picture", default="", help="where to write samples.png")
     parser.add_argument("--drawn-labels", action="store_true", help="classes as drawn: no teacher")

@@ -83,6 +83,8 @@ def _quick(num_records: int) -> dict[str, Any]:
             "sigma_min": 0.04,
             "sigma_max": 4.0,
             "eta": 3.0,
+            "guidance": 0.0,
+            "guided_below": 2.0,
             "num_shards": 2,
         },
         "evaluation": {"num_epochs": 4, "num_seeds": 1, "max_frechet_images": 5_000, "metrics_share": 0.01},

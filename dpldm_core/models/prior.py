@@ -61,6 +61,25 @@ class GaussianPrior(nn.Module):
             out[rows] = self.means[label] + (((x[rows] - self.means[label]) @ basis) * gain) @ basis.T
         return out
 
+    def posterior(self, x: Tensor, sigma: Tensor, added_variance: float = 0.0) -> tuple[Tensor, Tensor]:
+        """What every class says about noisy latents.
+
+        Args:
+            x: Noisy latents [n, d].
+            sigma: Noise standard deviations [n].
+            added_variance: Variance of noise that the clean latents carry themselves.
+
+        Returns:
+            Log densities of the noisy latents up to a constant [classes, n], and posterior means [classes, n, d].
+        """
+        log_densities, means = [], []
+        for mean, basis, variance in zip(self.means, self.bases, self.variances + added_variance, strict=True):
+            total = variance + sigma[:, None].square()
+            inside = (x - mean) @ basis
+            log_densities.append(-0.5 * (inside.square() / total + total.log()).sum(1))
+            means.append(mean + (inside * variance / total) @ basis.T)
+        return torch.stack(log_densities), torch.stack(means)
+
     def sample(self, noise: Tensor, class_labels: Tensor, added_variance: float = 0.0) -> Tensor:
         """A draw from the Gaussian of each row's class.
 

@@ -10,6 +10,7 @@ import torch
 
 from dpldm_core.config import ReleaseConfig
 from dpldm_core.data.schema import ImageSchema
+from dpldm_core.diffusion.guidance import guide
 from dpldm_core.diffusion.sampler import dpm_sampler, sample_noise
 from dpldm_core.diffusion.schedule import sampling_sigmas
 from dpldm_core.models.autoencoder import whitening
@@ -65,10 +66,17 @@ def sample_images(
     for start in range(0, len(indices), batch_size):
         chunk = list(indices[start : start + batch_size])
         class_labels = torch.tensor(chunk) % schema.num_classes
-        noise = sample_noise(config.seed, chunk, num_draws=settings.num_steps + 2, dim=model.dim).to(device)
+        noise = sample_noise(config.seed, chunk, num_draws=settings.num_steps + 3, dim=model.dim).to(device)
         classes = class_labels.to(device)
         prior_draws = model.prior.sample(noise[-1], classes, noise_std**2)
-        latents = dpm_sampler(model, prior_draws, noise[:-2], classes, sigmas=sigmas, eta=settings.eta)
+        denoiser_fn = guide(
+            model,
+            model.prior,
+            settings.guidance * torch.special.ndtr(noise[-3, :, 0]),
+            highest=scale * settings.guided_below,
+            added_variance=noise_std**2,
+        )
+        latents = dpm_sampler(denoiser_fn, prior_draws, noise[:-3], classes, sigmas=sigmas, eta=settings.eta)
         if noise_std > 0:
             latents = model.prior.posterior_sample(latents, noise_std, classes, noise[-2]) @ back.T
         images.append(to_uint8(autoencoder.decoder(latents)))
