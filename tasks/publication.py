@@ -63,15 +63,15 @@ def publish(
 
 
 @dpldm_task(**SMALL)
-def resample(bundle: str, num_samples: int, seed: int, out: str) -> Published:
+def resample(bundle: str, num_samples: int, seed: int, guidance: float, out: str) -> Published:
     """Draw more images from a released model: post-processing, so neither epsilon nor the ledger changes."""
     from dpldm_core.release.publishing import resample_release
     from tasks import _tracking
 
-    done = resample_release(bundle, num_samples, seed, out, work_folder("resample"))
+    done = resample_release(bundle, num_samples, seed, guidance, out, work_folder("resample"))
     run_id = _tracking.open_run(done.release_id, execution_id())
     run = _tracking.Run(run_id)
-    run.params(parent_release_id=done.parent_release_id, seed=seed, num_samples=num_samples)
+    run.params(parent_release_id=done.parent_release_id, seed=seed, num_samples=num_samples, guidance=guidance)
     run.publication(done)
     _tracking.close_run(run_id)
     print(done.summary())

@@ -82,17 +82,21 @@ def release_pipeline(
 
 
 @workflow
-def resample_pipeline(bundle: str, num_samples: int = 10000, seed: int = 1, out: str = "releases") -> Result:
+def resample_pipeline(
+    bundle: str, num_samples: int = 10000, seed: int = 1, guidance: float = 0.0, out: str = "releases"
+) -> Result:
     """Draw more images from the models of a published bundle, at no privacy cost, as a new bundle.
 
     Args:
         bundle: Folder or URI of the published bundle.
         num_samples: Synthetic images.
         seed: Seed of the sampler; the same seed gives the same images.
+        guidance: Largest strength of class guidance, e.g. 6: images that look more like their class and teach a
+            classifier a little less. 0 for the release's own.
         out: Folder or s3:// URI that the new bundle is written to.
 
     Returns:
         Where the new bundle is, its id, and the unchanged epsilon and delta.
     """
-    done = resample(bundle=bundle, num_samples=num_samples, seed=seed, out=out)
+    done = resample(bundle=bundle, num_samples=num_samples, seed=seed, guidance=guidance, out=out)
     return Result(done.bundle, done.release_id, done.epsilon, done.delta)

@@ -30,7 +30,6 @@ def guide(
     Returns:
         A denoiser of the same n samples.
     """
-
     if not bool(strengths.any()):
         return denoiser
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -120,31 +121,35 @@ def publish_release(
     return _publish(out, report, values, schema, parts, files, work, registered=True, metrics=released)
 
 
-def resample_release(bundle: str, num_samples: int, seed: int, out: str, work: Path) -> Publication:
+def resample_release(bundle: str, num_samples: int, seed: int, guidance: float, out: str, work: Path) -> Publication:
     """A new bundle of images from the models of a published one: post-processing, the promise is unchanged.
 
     Args:
         bundle: Folder or URI of the published bundle; it is verified first.
         num_samples: Synthetic images.
         seed: Seed of the sampler.
+        guidance: Largest strength of class guidance; 0 for the release's own.
         out: Folder or URI of releases.
         work: Scratch folder.
 
     Raises:
-        ConfigError: ``num_samples`` or ``seed`` is out of range.
+        ConfigError: ``num_samples``, ``seed`` or ``guidance`` is out of range.
         BundleError: The bundle does not verify, or the new one cannot be written.
     """
     if num_samples < 1:
         raise ConfigError(f"num_samples={num_samples} must be 1 or more")
     if not 0 <= seed < 2**62:
         raise ConfigError(f"seed={seed} must lie in [0, 2^62)")
+    if not 0 <= guidance < math.inf:
+        raise ConfigError(f"guidance={guidance} must be a finite number of 0 or more; 3 to 8 makes classes clear")
     with local_copy(bundle) as folder:
         verify_bundle(folder)
         parent = PrivacyReport.model_validate_json((folder / REPORT).read_text())
         config, schema, noise_std = read_public_config(folder)
         release_id = f"{parent.release_id}-resample-seed{seed}-{secrets.token_hex(2)}"
         check_target(out, release_id)
-        config = config.model_copy(update={"num_samples": num_samples, "seed": seed})
+        sampling = config.sampling.model_copy(update={"guidance": guidance or config.sampling.guidance})
+        config = config.model_copy(update={"num_samples": num_samples, "seed": seed, "sampling": sampling})
         models = {path.stem: path for path in sorted((folder / "model").glob("*.safetensors"))}
         part = write_shard(
             work,

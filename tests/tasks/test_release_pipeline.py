@@ -106,9 +106,11 @@ def test_a_built_in_set_may_be_released_again_with_fresh_noise_and_sampled_again
 
     before = ledger.links()
     again = [resample_pipeline(bundle=str(bundles[0]), num_samples=20, seed=s) for s in (5, 5, 6)]
+    again.append(resample_pipeline(bundle=str(bundles[0]), num_samples=20, seed=5, guidance=6.0))
     assert ledger.links() == before, "sampling is post-processing"
     images = [read_synthetic(machine / "releases" / r.release_id)[0] for r in again]
     assert np.array_equal(images[0], images[1]) and not np.array_equal(images[0], images[2])
+    assert not np.array_equal(images[0], images[3]), "guided"
     found = verify_bundle(machine / "releases" / again[0].release_id)
     assert found.report.parent_release_id == first.release_id
     assert (again[0].epsilon, again[0].delta) == (first.epsilon, first.delta)

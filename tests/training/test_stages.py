@@ -1,5 +1,7 @@
 """Stages as functions from files to files, and the sampler's independence of how it is called."""
 
+from unittest import mock
+
 import numpy as np
 import pytest
 import torch
@@ -68,7 +70,13 @@ def draw(trained, indices, **options):
     )
 
 
-def test_images_do_not_depend_on_batch_size_or_shard(trained):
+def guided(config, strength):
+    return config.model_copy(update={"sampling": config.sampling.model_copy(update={"guidance": strength})})
+
+
+@pytest.mark.parametrize("guidance", [0.0, 6.0])
+def test_images_do_not_depend_on_batch_size_or_shard(trained, guidance):
+    trained = trained | {"config": guided(trained["config"], guidance)}
     whole, labels = draw(trained, range(60))
     for batch_size in (1, 7, 60):
         again, same_labels = draw(trained, range(60), batch_size=batch_size)
@@ -77,6 +85,20 @@ def test_images_do_not_depend_on_batch_size_or_shard(trained):
         assert np.array_equal(labels, same_labels)
     shards = [draw(trained, sampling.shard_indices(60, s, 4))[0] for s in range(4)]
     assert np.abs(np.concatenate(shards).astype(int) - whole.astype(int)).max() <= 1
+
+
+def test_guidance_moves_each_image_by_a_strength_of_its_own(trained):
+    """Strengths are uniform in [0, guidance], one per image: a tenth of each class is hardly guided."""
+    seen = []
+    with mock.patch.object(sampling, "guide", lambda model, prior, strengths, **_: seen.append(strengths) or model):
+        draw(trained, range(600), config=guided(trained["config"], 6.0))
+    strengths = torch.cat(seen)
+    assert strengths.shape == (600,) and float(strengths.min()) >= 0 and float(strengths.max()) <= 6
+    for low in range(6):
+        share = float(((strengths >= low) & (strengths < low + 1)).double().mean())
+        assert abs(share - 1 / 6) < 5 * (1 / 6 * 5 / 6 / 600) ** 0.5
+    plain, clear = (draw(trained, range(60), config=guided(trained["config"], s))[0] for s in (0.0, 6.0))
+    assert not np.array_equal(plain, clear)
 
 
 def test_sampling_from_a_fixed_model_with_a_fixed_seed_is_reproducible(trained):
