@@ -79,6 +79,31 @@ def _quality_row(result: dict) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
+def guidance_table() -> str:
+    """Releases that were sampled with several strengths of guidance."""
+    rows = [
+        "| data | epsilon | preset | guidance | accuracy, classifiers | distance | of the one-shot prior's |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for result in results_of_quality():
+        own = f"{result['config']['sampling'].get('guidance', 0):g}"
+        again = result.get("guidance", {})
+        for strength, found in ({own: result["measured"]} | again).items() if again else ():
+            accuracy, distance = found["train_on_synthetic_accuracy"], found["fd_real_classifier"]["distance"]
+            prior = result["baselines"]["one_shot_prior"]["fd_real_classifier"]["distance"]
+            cells = (
+                result["dataset"],
+                f"{result['config']['epsilon']:g}",
+                result["preset"],
+                strength,
+                f"{100 * accuracy['mean']:.1f}, {accuracy['num_seeds']}",
+                f"{distance:.3g}",
+                f"{distance / prior:.2f}",
+            )
+            rows.append("| " + " | ".join(cells) + " |")
+    return "\n".join(rows)
+
+
 def dp_step_table() -> str:
     """One row per model, batch and noise multiplicity of benchmarks/dp_step.py."""
     path = HERE / "results" / "dp_step.json"
@@ -104,7 +129,7 @@ def dp_step_table() -> str:
     )
 
 
-TABLES = {"quality": quality_table, "stages": stages_table, "dp_step": dp_step_table}
+TABLES = {"quality": quality_table, "stages": stages_table, "guidance": guidance_table, "dp_step": dp_step_table}
 
 
 def rendered(text: str) -> str:
