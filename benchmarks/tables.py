@@ -104,6 +104,26 @@ def guidance_table() -> str:
     return "\n".join(rows)
 
 
+def audit_table() -> str:
+    """One row per result file of benchmarks/audit.py: bounds of the true code, and which faults exceed the claim."""
+    rows = [
+        "| release | claim of the audited stages | its lower bounds: f-DP, GDP | faults seen, of those built in |",
+        "|---|---|---|---|",
+    ]
+    results = [json.loads(path.read_text()) for path in sorted((HERE / "results" / "audit").glob("*.json"))]
+    for result in sorted(results, key=lambda r: r["epsilon"]):
+        whole, faults = result["runs"][-1], result["mutants"]
+        seen = [name for name, fault in faults.items() if fault["seen_by"]]
+        cells = (
+            f"{result['dataset']}, epsilon {result['epsilon']:g}, {result['preset']}",
+            f"{result['claim']:.2f}",
+            f"{whole['f_dp']:.2f}, {whole['gdp_lower']:.2f}",
+            f"{len(seen)} of {len(faults)}: {', '.join(seen)}",
+        )
+        rows.append("| " + " | ".join(cells) + " |")
+    return "\n".join(rows)
+
+
 def dp_step_table() -> str:
     """One row per model, batch and noise multiplicity of benchmarks/dp_step.py."""
     path = HERE / "results" / "dp_step.json"
@@ -129,7 +149,13 @@ def dp_step_table() -> str:
     )
 
 
-TABLES = {"quality": quality_table, "stages": stages_table, "guidance": guidance_table, "dp_step": dp_step_table}
+TABLES = {
+    "quality": quality_table,
+    "stages": stages_table,
+    "guidance": guidance_table,
+    "audit": audit_table,
+    "dp_step": dp_step_table,
+}
 
 
 def rendered(text: str) -> str:
