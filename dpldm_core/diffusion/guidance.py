@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from dpldm_core.diffusion.loss import DenoiserFn
-from dpldm_core.models.prior import GaussianPrior
 
+PosteriorFn = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 _MOST = 8.0  # largest shift of a clean estimate, in noise standard deviations: wrong guesses would feed themselves
 
 
-def guide(
-    denoiser: DenoiserFn, prior: GaussianPrior, strengths: Tensor, *, highest: float, added_variance: float = 0.0
-) -> DenoiserFn:
+def guide(denoiser: DenoiserFn, posterior: PosteriorFn, strengths: Tensor, *, highest: float) -> DenoiserFn:
     """A denoiser that steps away from what the other classes would have made of the same noisy latent.
 
     Classifier guidance (Dhariwal and Nichol 2021, Eq. 10) with the prior as the classifier: its posterior mean for the
@@ -22,10 +22,9 @@ def guide(
 
     Args:
         denoiser: D(x, sigma, class_labels).
-        prior: The class Gaussians.
+        posterior: (x, sigma) to log densities [classes, n] and posterior means [classes, n, d] of the class Gaussians.
         strengths: Factor of each sample's gradient, [n]; 0 leaves the denoiser as it is.
         highest: Noise level above which nothing is guided: the classes are not yet told apart there.
-        added_variance: Variance of noise that the clean latents carry themselves.
 
     Returns:
         A denoiser of the same n samples.
@@ -37,7 +36,7 @@ def guide(
         clean = denoiser(x, sigma, class_labels)
         if float(sigma.max()) > highest:
             return clean
-        log_density, means = prior.posterior(x, sigma, added_variance)
+        log_density, means = posterior(x, sigma)
         unknown = torch.einsum("cn,cnd->nd", log_density.softmax(0), means)
         shift = strengths[:, None] * (means[class_labels, torch.arange(len(x), device=x.device)] - unknown)
         return clean + shift * (_MOST * sigma / shift.norm(dim=1).clamp(min=1e-12)).clamp(max=1.0)[:, None]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -71,10 +72,9 @@ def sample_images(
         prior_draws = model.prior.sample(noise[-1], classes, noise_std**2)
         denoiser_fn = guide(
             model,
-            model.prior,
+            partial(model.prior.posterior, added_variance=noise_std**2),
             settings.guidance * torch.special.ndtr(noise[-3, :, 0]),
             highest=scale * settings.guided_below,
-            added_variance=noise_std**2,
         )
         latents = dpm_sampler(denoiser_fn, prior_draws, noise[:-3], classes, sigmas=sigmas, eta=settings.eta)
         if noise_std > 0:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -42,7 +44,8 @@ def test_the_shift_is_the_gradient_of_the_log_probability_of_the_class(added):
     """By autograd through another implementation of the densities; half the strength, half the shift."""
     prior, (x, sigma, labels) = two_sided_prior(), inputs()
     strengths = 0.5 * (1 + labels % 2).float()
-    guided = guide(lambda x, sigma, labels: x, prior, strengths, highest=9.0, added_variance=added)
+    posterior = partial(prior.posterior, added_variance=added)
+    guided = guide(lambda x, sigma, labels: x, posterior, strengths, highest=9.0)
     shift = guided(x, sigma, labels) - x
     x = x.clone().requires_grad_()
     named = log_density(prior, x, sigma, added).log_softmax(0)[labels, torch.arange(len(x))]
@@ -62,7 +65,7 @@ def test_nothing_moves_without_strength_above_the_level_or_with_one_class():
     ones = torch.ones(len(x))
 
     def moved(prior, strengths, highest, labels=labels):
-        return not torch.equal(guide(lambda x, *_: x, prior, strengths, highest=highest)(x, sigma, labels), x)
+        return not torch.equal(guide(lambda x, *_: x, prior.posterior, strengths, highest=highest)(x, sigma, labels), x)
 
     assert moved(two_sided_prior(), ones, 9.0)
     assert not moved(two_sided_prior(), 0 * ones, 9.0)
@@ -73,7 +76,7 @@ def test_nothing_moves_without_strength_above_the_level_or_with_one_class():
 def test_one_shift_is_bounded_whatever_the_strength():
     """A wrong guess of the classifier must not feed itself until the image is nothing but noise."""
     prior, (x, sigma, labels) = two_sided_prior(spread=30.0), inputs()
-    guided = guide(lambda x, *_: x, prior, torch.full((len(x),), 1e6), highest=9.0)
+    guided = guide(lambda x, *_: x, prior.posterior, torch.full((len(x),), 1e6), highest=9.0)
     shift = guided(x, sigma, labels) - x
     assert bool((shift.norm(dim=1) <= 8.001 * sigma).all()) and float((shift.norm(dim=1) / sigma).max()) > 7.9
 
@@ -85,7 +88,7 @@ def test_guided_samples_belong_to_their_class_more_often():
     sigmas = sampling_sigmas(20, sigma_min=0.02, sigma_max=4.0)
 
     def named(strength):
-        guided = guide(prior.denoise, prior, torch.full((n,), strength), highest=2.0)
+        guided = guide(prior.denoise, prior.posterior, torch.full((n,), strength), highest=2.0)
         out = dpm_sampler(guided, prior.sample(noise[-1], labels), noise[:-1], labels, sigmas=sigmas, eta=1.0)
         assert bool(out.isfinite().all())
         return float((log_density(prior, out, torch.full((n,), 1e-3), 0.0).argmax(0) == labels).double().mean())
