@@ -70,11 +70,12 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             changes = Path(folder) / "changes.json"
             changes.write_text(json.dumps(overrides(left_out, fields, defaults)))
-            own = vars(arguments) | {"config": str(changes), "drawn_labels": left_out == "teacher", "baselines": []}
+            own = vars(arguments) | {"config": str(changes), "drawn_labels": left_out == "teacher"}
+            own |= {"baselines": [], "guidance": []}
             if name == "the whole method":
-                own["baselines"] = ["one_shot_prior"]
+                own |= {"baselines": ["one_shot_prior"], "guidance": [6.0]}
             found = release_and_measure(argparse.Namespace(**own), Path(folder))
-        kept = ("epsilon", "measured", "baselines", "release_minutes", "stages", "config")
+        kept = ("epsilon", "measured", "baselines", "guidance", "release_minutes", "stages", "config")
         result["arms"][name] = {key: found[key] for key in kept}
         RESULT.write_text(json.dumps(result, indent=1) + "\n")
     if arguments.json:

@@ -12,7 +12,17 @@ HERE = Path(__file__).resolve().parent
 README = HERE.parent / "README.md"
 MARK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
-
+# The stages of a release in the order in which they run: the measurement is not among them.
+MADE = (
+    "open",
+    "ingest",
+    "train_autoencoder",
+    "extract_latents",
+    "train_diffusion",
+    "train_teacher",
+    "sample",
+    "publish",
+)
 BASELINES = {"one_shot_prior": "one-shot prior", "dp_merf": "DP-MERF", "pixel_dpdm": "DPDM on pixels"}
 
 
@@ -24,7 +34,7 @@ def results_of_quality() -> list[dict]:
 
 def stages_table() -> str:
     """Processor seconds and peak memory of each stage of the same releases."""
-    stages = ("train_autoencoder", "extract_latents", "train_diffusion", "train_teacher", "sample", "publish")
+    stages = MADE[2:]
     rows = [
         "| data | epsilon | preset | " + " | ".join(stages) + " | images | peak memory |",
         "|" + "---|" * (5 + len(stages)),
@@ -104,6 +114,63 @@ def guidance_table() -> str:
     return "\n".join(rows)
 
 
+def ablation_table() -> str:
+    """One row per arm of benchmarks/ablation.py."""
+    result = json.loads((HERE / "results" / "ablation.json").read_text())
+    rows = ["| left out | accuracy | Frechet distance | epsilon | seconds of processor |", "|---|---|---|---|---|"]
+    for name, arm in result["arms"].items():
+        seconds = sum(stage["cpu_seconds"] for stage_name, stage in arm["stages"].items() if stage_name in MADE)
+        rows.append(_ablation_row(name, arm["measured"], arm["epsilon"], f"{seconds:.0f}"))
+        rows += [_ablation_row(f"guidance {g}", found, arm["epsilon"], "-") for g, found in arm["guidance"].items()]
+    for name, found in result["arms"]["the whole method"]["baselines"].items():
+        rows.append(
+            _ablation_row(
+                f"all but the {BASELINES[name]}, which takes all of epsilon",
+                found,
+                result["arms"]["the whole method"]["epsilon"],
+                "-",
+            )
+        )
+    return "\n".join(rows)
+
+
+def _ablation_row(name: str, measured: dict, epsilon: float, seconds: str) -> str:
+    accuracy, distance = measured["train_on_synthetic_accuracy"]["mean"], measured["fd_real_classifier"]["distance"]
+    return f"| {name} | {100 * accuracy:.1f} | {distance:.3g} | {epsilon:.2f} | {seconds} |"
+
+
+def variety_table() -> str:
+    """One row per point of benchmarks/variety.py."""
+    result = json.loads((HERE / "results" / "variety.json").read_text())
+    rows = [
+        "| data | records | epsilon | accuracy, on real data | Frechet distance / floor | one-shot prior: accuracy, "
+        "distance | minutes |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for point in result["points"].values():
+        measured, prior = point["measured"], point["baselines"]["one_shot_prior"]
+        accuracies = [
+            f"{100 * found['mean']:.1f}" if found else "-"
+            for found in (
+                measured["train_on_synthetic_accuracy"],
+                measured["ceiling_accuracy"],
+                prior["train_on_synthetic_accuracy"],
+            )
+        ]
+        frechet = measured["fd_real_classifier"]
+        cells = (
+            point["kind"],
+            f"{point['num_records']:,}",
+            f"{point['epsilon']:.2f}",
+            f"{accuracies[0]}, {accuracies[1]}",
+            f"{frechet['distance']:.3g} / {frechet['floor']:.3g}",
+            f"{accuracies[2]}, {prior['fd_real_classifier']['distance']:.3g}",
+            f"{point['release_minutes']:.1f}",
+        )
+        rows.append("| " + " | ".join(cells) + " |")
+    return "\n".join(rows)
+
+
 def audit_table() -> str:
     """One row per result file of benchmarks/audit.py: bounds of the true code, and which faults exceed the claim."""
     rows = [
@@ -153,6 +220,8 @@ TABLES = {
     "quality": quality_table,
     "stages": stages_table,
     "guidance": guidance_table,
+    "ablation": ablation_table,
+    "variety": variety_table,
     "audit": audit_table,
     "dp_step": dp_step_table,
 }

@@ -103,7 +103,7 @@ def evaluate_release(
         inception_weights: File with weights of the Inception network; None: features of the ceiling classifier.
         max_frechet_images: Images a side in Frechet distances at most.
         synthetic_classifier: The classifier of the first seed on the synthetic images, if it is trained already.
-        real_classifier: The one on the real training records, likewise.
+        real_classifier: One on the real training records, likewise; without labels, it gives the features at least.
 
     Returns:
         All measurements. Private.
@@ -116,6 +116,8 @@ def evaluate_release(
     sizes = _sizes(sides)
     enough = min(sizes.values()) >= 2  # below, there is no covariance
     extractor = inception_extractor(inception_weights) if inception_weights else None
+    if extractor is None and real_classifier is not None:
+        extractor = classifier_extractor(real_classifier)
     synthetic = ceiling = frechet = None
     if enough and num_classes > 1:
         measure = partial(_accuracy, heldout=heldout, num_classes=num_classes, num_epochs=num_epochs)
