@@ -14,7 +14,10 @@ from pathlib import Path
 from _machine import describe_machine
 from quality import add_arguments, release_and_measure
 
+from dpldm_core.data.sources import load_dataset
+from dpldm_core.models.classifier import train_classifier
 from dpldm_core.presets import resolve_config
+from dpldm_core.release.measuring import FIRST_SEED
 
 RESULT = Path(__file__).parent / "results" / "ablation.json"
 _NOTHING = 1e-3  # budget share of a private part that takes a single step: next to none
@@ -64,6 +67,9 @@ def main() -> None:
         latent_mechanism="dp_sgd",
         public_num_records=None,
     ).model_dump()
+    real = load_dataset(arguments.dataset, data_root=arguments.data_root, cache_dir=None, num_classes=None).train
+    classes, epochs = real.schema.num_classes, defaults["evaluation"]["num_epochs"]
+    judge = train_classifier(real.images, real.labels, num_classes=classes, num_epochs=epochs, seed=FIRST_SEED)
     result: dict = {"dataset": arguments.dataset, "preset": arguments.preset, "arms": {}, "machine": describe_machine()}
     for name, (left_out, fields) in ARMS.items():
         print(name, flush=True)
@@ -74,7 +80,7 @@ def main() -> None:
             own |= {"baselines": [], "guidance": []}
             if name == "the whole method":
                 own |= {"baselines": ["one_shot_prior"], "guidance": [6.0]}
-            found = release_and_measure(argparse.Namespace(**own), Path(folder))
+            found = release_and_measure(argparse.Namespace(**own), Path(folder), judge)
         kept = ("epsilon", "measured", "baselines", "guidance", "release_minutes", "stages", "config")
         result["arms"][name] = {key: found[key] for key in kept}
         RESULT.write_text(json.dumps(result, indent=1) + "\n")

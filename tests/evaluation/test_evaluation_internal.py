@@ -10,6 +10,7 @@ from dpldm_core.errors import ConfigError, DataError
 from dpldm_core.evaluation import internal
 from dpldm_core.evaluation.features import FeatureExtractor
 from dpldm_core.evaluation.internal import evaluate_release
+from dpldm_core.models.classifier import train_classifier
 
 SETTINGS = {"num_classes": 10, "num_epochs": 8, "seeds": [0, 1], "inception_weights": None, "max_frechet_images": 400}
 
@@ -84,6 +85,15 @@ def test_unlabelled_images_have_no_accuracy(parts, monkeypatch):
     values = evaluate_release(images, zeros, train, heldout, **settings).to_dict()
     assert values["fid"]["num_images"] == 400
     assert "fd_real_classifier" not in values
+
+
+def test_a_given_classifier_measures_the_distance_of_unlabelled_images(parts, result):
+    (images, _), (train, labels), heldout = parts
+    judge = train_classifier(train, labels, num_classes=10, num_epochs=8, seed=0)
+    zeros, settings = np.zeros(len(images), np.int64), SETTINGS | {"num_classes": 1, "real_classifier": judge}
+    found = evaluate_release(images, zeros, (train, np.zeros(len(train), np.int64)), heldout, **settings)
+    assert found.train_on_synthetic is None
+    assert found.frechet == result.frechet, "the same classifier as the ceiling's"
 
 
 def test_a_class_without_held_out_records_has_no_accuracy(parts):
