@@ -8,6 +8,10 @@ import re
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from dpldm_core.presets import PRESETS, REFERENCE_RECORDS
+
 HERE = Path(__file__).resolve().parent
 README = HERE.parent / "README.md"
 MARK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -32,6 +36,19 @@ def results_of_quality() -> list[dict]:
     return sorted(results, key=lambda r: (r["dataset"], r["preset"], r["config"]["latent_mechanism"], -r["epsilon"]))
 
 
+def _preset_of(result: dict) -> str:
+    """The preset of a result, with the values that it had then and has not now."""
+    config = result["config"]
+    now = PRESETS[result["preset"]](config["num_records"] or REFERENCE_RECORDS)
+    then = [
+        f"{field} {config[section][field]:g}"
+        for section in ("autoencoder", "prior", "diffusion", "teacher", "sampling")
+        for field, value in now[section].items()
+        if field != "num_samples" and not isinstance(value, dict) and config[section].get(field, value) != value
+    ]
+    return f"{result['preset']} ({', '.join(then)})" if then else result["preset"]
+
+
 def stages_table() -> str:
     """Processor seconds and peak memory of each stage of the same releases."""
     stages = MADE[2:]
@@ -44,7 +61,7 @@ def stages_table() -> str:
         cells = (
             result["dataset"],
             f"{result['config']['epsilon']:g}",
-            result["preset"],
+            _preset_of(result),
             *(f"{stage['cpu_seconds']:.0f}" for stage in found),
             f"{result['config']['num_samples']:,}",
             f"{max(stage['peak_memory_gb'] for stage in found):.1f} GB",
@@ -77,7 +94,7 @@ def _quality_row(result: dict) -> str:
     cells = (
         f"{result['dataset']}{mode}",
         f"{result['epsilon']:.2f} {result['neighboring_relation']}",
-        result["preset"],
+        _preset_of(result),
         f"{100 * accuracy['mean']:.1f}, {deviation}, {100 * accuracy['max']:.1f} of {accuracy['num_seeds']}, "
         f"{accuracy['num_images']:,}",
         f"{100 * ceiling['mean']:.1f}",
@@ -104,7 +121,7 @@ def guidance_table() -> str:
             cells = (
                 result["dataset"],
                 f"{result['config']['epsilon']:g}",
-                result["preset"],
+                _preset_of(result),
                 strength,
                 f"{100 * accuracy['mean']:.1f}, {accuracy['num_seeds']}",
                 f"{distance:.3g}",
@@ -147,7 +164,8 @@ def variety_table() -> str:
         "distance | minutes |",
         "|---|---|---|---|---|---|---|",
     ]
-    for point in result["points"].values():
+    order = lambda p: (p["kind"] != "plain", p["kind"], p["num_records"], p["epsilon"])  # noqa: E731
+    for point in sorted(result["points"].values(), key=order):
         measured, prior = point["measured"], point["baselines"]["one_shot_prior"]
         accuracies = [
             f"{100 * found['mean']:.1f}" if found else "-"

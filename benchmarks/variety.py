@@ -48,11 +48,12 @@ class Point:
 
 
 POINTS = [
-    *(Point("plain", 60_000, epsilon) for epsilon in (0.2, 1.0, 3.0, 10.0)),
+    Point("plain", 60_000, 0.2),
+    *(Point(kind, 10_000, 10.0) for kind in ("rgb32", "imbalanced", "unlabelled")),
+    *(Point("digits8x8", 1_797 - _HELD_OUT, epsilon) for epsilon in (10.0, 3.0)),
     *(Point("plain", num_records, 10.0) for num_records in (1_000, 10_000)),
     Point("plain", 10_000, 1.0),
-    *(Point(kind, 10_000, 10.0) for kind in ("imbalanced", "unlabelled", "rgb32")),
-    *(Point("digits8x8", 1_797 - _HELD_OUT, epsilon) for epsilon in (3.0, 10.0)),
+    *(Point("plain", 60_000, epsilon) for epsilon in (1.0, 10.0, 3.0)),
 ]
 
 Arrays = dict[str, np.ndarray]
