@@ -35,6 +35,7 @@ from dpldm_core.training.units import Units
 Drawn = tuple[np.ndarray, np.ndarray]
 
 _FEATURES, _LENGTH_SCALE = 2_000, 10.0  # of DP-MERF's random features, on pixels in [0, 1]
+_STEPS, _SIGMA_MIN, _SIGMA_MAX = 20, 0.04, 80.0  # of DPDM's sampler: from noise that drowns all to none
 _CODE, _ITERATIONS, _BATCH = 5, 1_500, 500  # of its generator
 
 
@@ -118,11 +119,10 @@ def pixel_dpdm(records: Records, config: ReleaseConfig) -> Drawn:
     units = _units(records, to_tensor(records.images).flatten(1))
     run = Run(None).loop(config, schema.num_classes)  # type: ignore[arg-type]
     trained = train_denoiser(model, units, plan, SecretKey.generate(), settings, **run)  # type: ignore[arg-type]
-    steps = 2 * config.sampling.num_steps  # from noise that drowns all to none
-    sigmas = sampling_sigmas(steps, sigma_min=config.sampling.sigma_min, sigma_max=80.0)
+    sigmas = sampling_sigmas(_STEPS, sigma_min=_SIGMA_MIN, sigma_max=_SIGMA_MAX)
     labels, images = torch.arange(config.num_samples) % schema.num_classes, []
     for rows in torch.arange(config.num_samples).split(_BATCH):
-        noise = sample_noise(config.seed, rows.tolist(), num_draws=steps, dim=model.dim)
+        noise = sample_noise(config.seed, rows.tolist(), num_draws=_STEPS, dim=model.dim)
         start = torch.zeros_like(noise[0])
         drawn = dpm_sampler(trained, start, noise, labels[rows], sigmas=sigmas, eta=1.0)
         images.append(to_uint8(drawn.unflatten(1, shape)))

@@ -79,9 +79,9 @@ def _quick(num_records: int) -> dict[str, Any]:
         "noised_latents": {"autoencoder_share": 0.1, "label_share": 0.3, "num_steps": 200, "batch_size": 512},
         "sampling": {
             "num_samples": 10_000,
-            "num_steps": 10,
-            "sigma_min": 0.04,
-            "sigma_max": 4.0,
+            "num_steps": 6,
+            "sigma_min": 0.12,
+            "sigma_max": 2.5,
             "eta": 3.0,
             "guidance": 0.0,
             "guided_below": 2.0,
