@@ -111,7 +111,7 @@ def measure(point: Point, arguments: argparse.Namespace) -> dict:
 
 
 def main() -> None:
-    """Measure every point that the result file lacks and write the file after each."""
+    """Measure the points and write the result file after each; with --only, into the file that is there."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
     parser.set_defaults(dataset="fashion_mnist", seeds=1)
