@@ -83,7 +83,7 @@ def release_pipeline(
 
 @workflow
 def resample_pipeline(
-    bundle: str, num_samples: int = 10000, seed: int = 1, guidance: float = 0.0, out: str = "releases"
+    bundle: str, num_samples: int = 10000, seed: int = 1, guidance: float = -1.0, out: str = "releases"
 ) -> Result:
     """Draw more images from the models of a published bundle, at no privacy cost, as a new bundle.
 
@@ -92,7 +92,7 @@ def resample_pipeline(
         num_samples: Synthetic images.
         seed: Seed of the sampler; the same seed gives the same images.
         guidance: Largest strength of class guidance, e.g. 6: images that look more like their class and teach a
-            classifier a little less. 0 for the release's own.
+            classifier a little less. 0 for none, -1 for the release's own.
         out: Folder or s3:// URI that the new bundle is written to.
 
     Returns:

@@ -25,6 +25,8 @@ from dpldm_core.release.sampling import public_config, read_public_config, write
 from dpldm_core.release.synthetic import read_synthetic
 from dpldm_core.release.verify import verify_bundle
 
+_OWN = -1.0  # guidance: the release's own
+
 
 @dataclass(frozen=True)
 class Publication:
@@ -128,7 +130,7 @@ def resample_release(bundle: str, num_samples: int, seed: int, guidance: float, 
         bundle: Folder or URI of the published bundle; it is verified first.
         num_samples: Synthetic images.
         seed: Seed of the sampler.
-        guidance: Largest strength of class guidance; 0 for the release's own.
+        guidance: Largest strength of class guidance, 0 for none; -1 for the release's own.
         out: Folder or URI of releases.
         work: Scratch folder.
 
@@ -140,15 +142,20 @@ def resample_release(bundle: str, num_samples: int, seed: int, guidance: float, 
         raise ConfigError(f"num_samples={num_samples} must be 1 or more")
     if not 0 <= seed < 2**62:
         raise ConfigError(f"seed={seed} must lie in [0, 2^62)")
-    if not 0 <= guidance < math.inf:
-        raise ConfigError(f"guidance={guidance} must be a finite number of 0 or more; 3 to 8 makes classes clear")
+    if not 0 <= guidance < math.inf and guidance != _OWN:
+        raise ConfigError(
+            f"guidance={guidance} must be a finite number of 0 or more, or -1 for the release's own; 3 to 8 makes "
+            "classes clear"
+        )
     with local_copy(bundle) as folder:
         verify_bundle(folder)
         parent = PrivacyReport.model_validate_json((folder / REPORT).read_text())
         config, schema, noise_std = read_public_config(folder)
         release_id = f"{parent.release_id}-resample-seed{seed}-{secrets.token_hex(2)}"
         check_target(out, release_id)
-        sampling = config.sampling.model_copy(update={"guidance": guidance or config.sampling.guidance})
+        sampling = config.sampling
+        if guidance != _OWN:
+            sampling = sampling.model_copy(update={"guidance": guidance})
         config = config.model_copy(update={"num_samples": num_samples, "seed": seed, "sampling": sampling})
         models = {path.stem: path for path in sorted((folder / "model").glob("*.safetensors"))}
         part = write_shard(
