@@ -89,7 +89,7 @@ class SamplingConfig(_Frozen):
     sigma_min: float = Field(gt=0)
     sigma_max: float = Field(gt=0)
     eta: float = Field(ge=0, description="fresh noise of the sampler: 0 none, 1 as the reverse diffusion")
-    guidance: float = Field(ge=0, description="largest strength of class guidance, drawn per image; 0 for none")
+    guidance: float = Field(ge=0, description="mean strength of class guidance, of half of the images; 0 for none")
     guided_below: float = Field(gt=0, description="noise level from which on images are guided")
     num_shards: int = Field(ge=1, description="parallel sampling tasks")
 

@@ -110,7 +110,7 @@ def _cpu(num_records: int) -> dict[str, Any]:
         "width": 96,
         "procedural_steps": 1_000,
         "dp_sgd": _dp_sgd(
-            2048, num_records, num_steps=200, max_grad_norm=0.5, learning_rate=4e-3, ema_decay=0.97, budget_share=0.3
+            1024, num_records, num_steps=500, max_grad_norm=0.5, learning_rate=4e-3, ema_decay=0.985, budget_share=0.3
         ),
     }
     values["teacher"] |= {
@@ -120,7 +120,7 @@ def _cpu(num_records: int) -> dict[str, Any]:
             4096, num_records, num_steps=100, max_grad_norm=0.5, learning_rate=60.0, ema_decay=0.9, budget_share=0.15
         ),
     }
-    values["sampling"] |= {"num_samples": 60_000, "guidance": 2.0, "num_shards": 4}
+    values["sampling"] |= {"num_samples": 60_000, "guidance": 8.0, "num_shards": 4}
     values["evaluation"] = {"num_epochs": 4, "num_seeds": 3, "max_frechet_images": 10_000, "metrics_share": 0.01}
     return values
 

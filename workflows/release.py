@@ -91,8 +91,8 @@ def resample_pipeline(
         bundle: Folder or URI of the published bundle.
         num_samples: Synthetic images.
         seed: Seed of the sampler; the same seed gives the same images.
-        guidance: Largest strength of class guidance, e.g. 6: images that look more like their class and teach a
-            classifier a little less. 0 for none, -1 for the release's own.
+        guidance: Mean strength of class guidance, e.g. 8, of every second image or so: it looks more like its class.
+            0 for none, -1 for the release's own.
         out: Folder or s3:// URI that the new bundle is written to.
 
     Returns:

@@ -10,7 +10,25 @@ from torch import Tensor
 from dpldm_core.diffusion.loss import DenoiserFn
 
 PosteriorFn = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+_PLAIN = 0.5  # share of images that are not guided: those between two classes teach a classifier most
 _MOST = 8.0  # largest shift of a clean estimate, in noise standard deviations: wrong guesses would feed themselves
+
+
+def image_strengths(guidance: float, uniform: Tensor) -> Tensor:
+    """Strength of each image's guidance: half of the images are plain, the others lie evenly around the setting.
+
+    >>> image_strengths(8.0, torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0])).tolist()
+    [0.0, 0.0, 4.0, 8.0, 12.0]
+
+    Args:
+        guidance: Mean strength of those that are guided, 0 or more.
+        uniform: A number in [0, 1] for each image, [n].
+
+    Returns:
+        [n]: 0, or between half and one and a half times ``guidance``.
+    """
+    place = (uniform - _PLAIN) / (1 - _PLAIN)
+    return torch.where(place < 0, torch.zeros_like(place), guidance * (0.5 + place))
 
 
 def guide(denoiser: DenoiserFn, posterior: PosteriorFn, strengths: Tensor, *, highest: float) -> DenoiserFn:

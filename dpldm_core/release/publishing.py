@@ -130,7 +130,7 @@ def resample_release(bundle: str, num_samples: int, seed: int, guidance: float, 
         bundle: Folder or URI of the published bundle; it is verified first.
         num_samples: Synthetic images.
         seed: Seed of the sampler.
-        guidance: Largest strength of class guidance, 0 for none; -1 for the release's own.
+        guidance: Mean strength of class guidance, of half of the images, 0 for none; -1 for the release's own.
         out: Folder or URI of releases.
         work: Scratch folder.
 

@@ -11,7 +11,7 @@ import torch
 
 from dpldm_core.config import ReleaseConfig
 from dpldm_core.data.schema import ImageSchema
-from dpldm_core.diffusion.guidance import guide
+from dpldm_core.diffusion.guidance import guide, image_strengths
 from dpldm_core.diffusion.sampler import dpm_sampler, sample_noise
 from dpldm_core.diffusion.schedule import sampling_sigmas
 from dpldm_core.models.autoencoder import whitening
@@ -73,7 +73,7 @@ def sample_images(
         denoiser_fn = guide(
             model,
             partial(model.prior.posterior, added_variance=noise_std**2),
-            settings.guidance * torch.special.ndtr(noise[-3, :, 0]),
+            image_strengths(settings.guidance, torch.special.ndtr(noise[-3, :, 0])),
             highest=scale * settings.guided_below,
         )
         latents = dpm_sampler(denoiser_fn, prior_draws, noise[:-3], classes, sigmas=sigmas, eta=settings.eta)

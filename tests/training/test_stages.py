@@ -88,15 +88,17 @@ def test_images_do_not_depend_on_batch_size_or_shard(trained, guidance):
 
 
 def test_guidance_moves_each_image_by_a_strength_of_its_own(trained):
-    """Strengths are uniform in [0, guidance], one per image: a tenth of each class is hardly guided."""
+    """Half of the images are plain; the strengths of the others are uniform around the setting."""
     seen = []
     with mock.patch.object(sampling, "guide", lambda model, prior, strengths, **_: seen.append(strengths) or model):
         draw(trained, range(600), config=guided(trained["config"], 6.0))
     strengths = torch.cat(seen)
-    assert strengths.shape == (600,) and float(strengths.min()) >= 0 and float(strengths.max()) <= 6
-    for low in range(6):
+    assert strengths.shape == (600,) and float(strengths.max()) <= 9
+    assert abs(float((strengths == 0).double().mean()) - 1 / 2) < 5 * (1 / 4 / 600) ** 0.5
+    assert not bool(((strengths > 0) & (strengths < 3)).any())
+    for low in range(3, 9):
         share = float(((strengths >= low) & (strengths < low + 1)).double().mean())
-        assert abs(share - 1 / 6) < 5 * (1 / 6 * 5 / 6 / 600) ** 0.5
+        assert abs(share - 1 / 12) < 5 * (1 / 12 * 11 / 12 / 600) ** 0.5
     plain, clear = (draw(trained, range(60), config=guided(trained["config"], s))[0] for s in (0.0, 6.0))
     assert not np.array_equal(plain, clear)
 
