@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import resource
+import shutil
 import sys
 import tempfile
 import time
@@ -208,11 +209,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
     parser.add_argument("--name", default="", help="name of the result file")
+    parser.add_argument("--keep", default="", help="folder for the images of the release and of the other methods")
     arguments = parser.parse_args()
+    default = f"{arguments.dataset}-eps{arguments.epsilon:g}-{arguments.preset}-{arguments.latent_mechanism}"
+    name = arguments.name or default
     with tempfile.TemporaryDirectory() as folder:
         result = release_and_measure(arguments, Path(folder))
-    default = f"{arguments.dataset}-eps{arguments.epsilon:g}-{arguments.preset}-{arguments.latent_mechanism}"
-    path = RESULTS / f"{arguments.name or default}.json"
+        if arguments.keep:
+            kept = Path(arguments.keep) / name
+            kept.mkdir(parents=True, exist_ok=True)
+            shutil.copy(Path(folder) / "shard-00000.parquet", kept / "release.parquet")
+            for baseline in result["baselines"]:
+                shutil.copy(Path(folder) / f"{baseline}.parquet", kept)
+    path = RESULTS / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")
     print(path)
