@@ -134,7 +134,7 @@ def guidance_table() -> str:
 def inception_table() -> str:
     """One row per result file of benchmarks/inception.py."""
     rows = [
-        "| data | epsilon | preset | metric, images a side | release / one-shot prior / floor | of the one-shot prior's |",
+        "| data | epsilon | preset | metric, images a side | release / one-shot prior / floor | of the prior's |",
         "|---|---|---|---|---|---|",
     ]
     results = [json.loads(path.read_text()) for path in sorted((HERE / "results" / "inception").glob("*.json"))]
