@@ -40,11 +40,14 @@ def _preset_of(result: dict) -> str:
     """The preset of a result, with the values that it had then and has not now."""
     config = result["config"]
     now = PRESETS[result["preset"]](config["num_records"] or REFERENCE_RECORDS)
+    names = ("autoencoder", "prior", "diffusion", "teacher", "sampling")
+    sections = [("", config[name], now[name]) for name in names]
+    sections += [("private ", had["dp_sgd"], has["dp_sgd"]) for _, had, has in sections if "dp_sgd" in has]
     then = [
-        f"{field} {config[section][field]:g}"
-        for section in ("autoencoder", "prior", "diffusion", "teacher", "sampling")
-        for field, value in now[section].items()
-        if field != "num_samples" and not isinstance(value, dict) and config[section].get(field, value) != value
+        f"{kind}{field} {had[field]:.3g}"
+        for kind, had, has in sections
+        for field, value in has.items()
+        if field not in ("num_samples", "dp_sgd") and had.get(field, value) != value
     ]
     return f"{result['preset']} ({', '.join(then)})" if then else result["preset"]
 
