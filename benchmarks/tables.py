@@ -134,27 +134,6 @@ def guidance_table() -> str:
     return "\n".join(rows)
 
 
-def inception_table() -> str:
-    """One row per result file of benchmarks/inception.py."""
-    rows = [
-        "| data | epsilon | preset | metric, images a side | release / one-shot prior / floor | of the prior's |",
-        "|---|---|---|---|---|---|",
-    ]
-    results = [json.loads(path.read_text()) for path in sorted((HERE / "results" / "inception").glob("*.json"))]
-    for result in sorted(results, key=lambda r: (r["dataset"], -r["epsilon"])):
-        distance, prior = result["release"], result["one_shot_prior"]
-        cells = (
-            result["dataset"],
-            f"{result['epsilon']:g}",
-            result["preset"],
-            f"{result['metric']}, {result['num_images']:,}",
-            f"{distance:.3g} / {prior:.3g} / {result['floor']:.3g}",
-            f"{distance / prior:.2f}",
-        )
-        rows.append("| " + " | ".join(cells) + " |")
-    return "\n".join(rows)
-
-
 def ablation_table() -> str:
     """One row per arm of benchmarks/ablation.py."""
     result = json.loads((HERE / "results" / "ablation.json").read_text())
@@ -265,7 +244,6 @@ TABLES = {
     "quality": quality_table,
     "stages": stages_table,
     "guidance": guidance_table,
-    "inception": inception_table,
     "ablation": ablation_table,
     "variety": variety_table,
     "audit": audit_table,
