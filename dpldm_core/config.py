@@ -89,8 +89,11 @@ class SamplingConfig(_Frozen):
     sigma_min: float = Field(gt=0)
     sigma_max: float = Field(gt=0)
     eta: float = Field(ge=0, description="fresh noise of the sampler: 0 none, 1 as the reverse diffusion")
+    S_noise: float = Field(gt=0, description="standard deviation of fresh noise; above 1 makes up for lost detail")
     guidance: float = Field(ge=0, description="mean strength of class guidance, of half of the images; 0 for none")
     guided_below: float = Field(gt=0, description="noise level from which on images are guided")
+    sharpness: float = Field(ge=0, description="how much further than the denoiser to step away from the prior")
+    sharpened_below: float = Field(gt=0, description="noise level from which on images are sharpened")
     num_shards: int = Field(ge=1, description="parallel sampling tasks")
 
 

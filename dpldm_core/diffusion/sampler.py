@@ -34,7 +34,14 @@ def sample_noise(seed: int, indices: Sequence[int], *, num_draws: int, dim: int)
 
 @torch.no_grad()
 def dpm_sampler(
-    denoiser: DenoiserFn, start: Tensor, noise: Tensor, class_labels: Tensor, *, sigmas: Tensor, eta: float
+    denoiser: DenoiserFn,
+    start: Tensor,
+    noise: Tensor,
+    class_labels: Tensor,
+    *,
+    sigmas: Tensor,
+    eta: float,
+    S_noise: float = 1.0,
 ) -> Tensor:
     """SDE-DPM-Solver++(2M), Lu et al. (2022): second-order steps from the clean estimates of this level and the last.
 
@@ -49,6 +56,8 @@ def dpm_sampler(
         sigmas: Decreasing levels with a final zero, [steps + 1].
         eta: Fresh noise in the place of old: 0 follows the probability flow, 1 the reverse diffusion, more exchanges
             more of it, which corrects errors of earlier steps.
+        S_noise: Standard deviation of the fresh noise, Karras et al. (2022), Sec. 4: a denoiser that removes a little
+            too much leaves some of a little more.
 
     Returns:
         Clean latents [n, d], float32.
@@ -64,6 +73,6 @@ def dpm_sampler(
         slope = 0.0 if before is None else (clean - before) * (width / width_before)
         kept, share = math.exp(-eta * width), -math.expm1(-(1 + eta) * width)
         x = following / sigma * kept * x + share * (clean + slope / 2)
-        x = x + following * math.sqrt(1 - kept**2) * noise[step + 1]
+        x = x + S_noise * following * math.sqrt(1 - kept**2) * noise[step + 1]
         before, width_before = clean, width
     return x

@@ -11,7 +11,7 @@ import torch
 
 from dpldm_core.config import ReleaseConfig
 from dpldm_core.data.schema import ImageSchema
-from dpldm_core.diffusion.guidance import guide, image_strengths
+from dpldm_core.diffusion.guidance import guide, image_strengths, sharpen
 from dpldm_core.diffusion.sampler import dpm_sampler, sample_noise
 from dpldm_core.diffusion.schedule import sampling_sigmas
 from dpldm_core.models.autoencoder import whitening
@@ -76,7 +76,17 @@ def sample_images(
             image_strengths(settings.guidance, torch.special.ndtr(noise[-3, :, 0])),
             highest=scale * settings.guided_below,
         )
-        latents = dpm_sampler(denoiser_fn, prior_draws, noise[:-3], classes, sigmas=sigmas, eta=settings.eta)
+        rough = partial(model.prior.denoise, added_variance=noise_std**2)
+        denoiser_fn = sharpen(denoiser_fn, rough, settings.sharpness, highest=scale * settings.sharpened_below)
+        latents = dpm_sampler(
+            denoiser_fn,
+            prior_draws,
+            noise[:-3],
+            classes,
+            sigmas=sigmas,
+            eta=settings.eta,
+            S_noise=settings.S_noise,
+        )
         if noise_std > 0:
             latents = model.prior.posterior_sample(latents, noise_std, classes, noise[-2]) @ back.T
         images.append(to_uint8(autoencoder.decoder(latents)))

@@ -83,6 +83,20 @@ def test_a_sampler_that_starts_from_draws_of_the_model_may_start_at_any_level(et
     assert abs(float(far.mean()) - 2.0) > 0.1
 
 
+def test_louder_fresh_noise_leaves_a_wider_distribution():
+    """S_noise scales the fresh noise alone: nothing without any, more spread with it."""
+    noise, labels = sample_noise(1, range(3000), num_draws=21, dim=4), torch.zeros(3000, dtype=torch.int64)
+    sigmas = sampling_sigmas(20, sigma_min=0.1, sigma_max=5.0)
+
+    def spread(eta, S_noise):
+        denoise = gaussian(2.0, 0.09, 4)
+        out = dpm_sampler(denoise, zeros(noise), noise, labels, sigmas=sigmas, eta=eta, S_noise=S_noise)
+        return float(out.std())
+
+    assert spread(0.0, 1.5) == spread(0.0, 1.0)
+    assert spread(3.0, 1.5) > 1.1 * spread(3.0, 1.0)
+
+
 def test_the_sampler_is_of_second_order():
     """Error against the exact flow of a Gaussian, x0 v / sqrt(v^2 + sigma_max^2): half the step, a quarter of it."""
     noise = sample_noise(2, range(50), num_draws=81, dim=3)

@@ -1,4 +1,4 @@
-"""Guidance by the class Gaussians: the gradient it claims to be, where it acts, and that it helps."""
+"""Guidance by the class Gaussians, and sharpening: what each claims to be, where it acts, and that it helps."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 
-from dpldm_core.diffusion.guidance import guide
+from dpldm_core.diffusion.guidance import guide, sharpen
 from dpldm_core.diffusion.sampler import dpm_sampler, sample_noise
 from dpldm_core.diffusion.schedule import sampling_sigmas
 from dpldm_core.models.prior import GaussianPrior
@@ -95,3 +95,38 @@ def test_guided_samples_belong_to_their_class_more_often():
 
     plain = named(0.0)
     assert 0.5 < plain < 0.9 and named(1.0) > plain + 0.05 and named(4.0) > named(1.0)
+
+
+def test_a_sharpened_denoiser_goes_further_from_the_rough_one_below_its_level():
+    prior, (x, sigma, labels) = two_sided_prior(), inputs()
+
+    def denoiser(x, sigma, labels):
+        return prior.denoise(x, sigma, labels) + 1.0
+
+    def moved(sharpness, highest):
+        return sharpen(denoiser, prior.denoise, sharpness, highest=highest)(x, sigma, labels) - denoiser(x, sigma, labels)
+
+    torch.testing.assert_close(moved(0.4, 9.0), torch.full_like(x, 0.4))
+    assert not bool(moved(0.0, 9.0).any()) and not bool(moved(0.4, 0.1).any())
+
+
+def test_sharpening_makes_up_for_a_correction_that_is_too_small():
+    """A denoiser half-way between a blunt Gaussian's and the true one's: doubled, it draws the true distribution."""
+    n = 4000
+    labels, noise = torch.zeros(n, dtype=torch.int64), sample_noise(4, range(n), num_draws=41, dim=1)
+    blunt, true = GaussianPrior(1, 1), GaussianPrior(1, 1)
+    blunt.set_moments(torch.zeros(1, 1), torch.full((1, 1, 1), 0.25), variance_floor=1e-6)
+    true.set_moments(torch.ones(1, 1), torch.ones(1, 1, 1), variance_floor=1e-6)
+
+    def between(x, sigma, labels):
+        return (blunt.denoise(x, sigma, labels) + true.denoise(x, sigma, labels)) / 2
+
+    def moments(denoiser):
+        sigmas = sampling_sigmas(40, sigma_min=0.01, sigma_max=20.0)
+        out = dpm_sampler(denoiser, torch.zeros(n, 1), noise, labels, sigmas=sigmas, eta=1.0)
+        return float(out.mean()), float(out.std())
+
+    mean, spread = moments(between)
+    assert mean < 0.9 and spread < 0.9
+    mean, spread = moments(sharpen(between, blunt.denoise, 1.0, highest=30.0))
+    assert mean == pytest.approx(1.0, abs=5 / n**0.5) and spread == pytest.approx(1.0, rel=0.05)
