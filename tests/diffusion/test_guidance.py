@@ -104,7 +104,9 @@ def test_a_sharpened_denoiser_goes_further_from_the_rough_one_below_its_level():
         return prior.denoise(x, sigma, labels) + 1.0
 
     def moved(sharpness, highest):
-        return sharpen(denoiser, prior.denoise, sharpness, highest=highest)(x, sigma, labels) - denoiser(x, sigma, labels)
+        return sharpen(denoiser, prior.denoise, sharpness, highest=highest)(x, sigma, labels) - denoiser(
+            x, sigma, labels
+        )
 
     torch.testing.assert_close(moved(0.4, 9.0), torch.full_like(x, 0.4))
     assert not bool(moved(0.0, 9.0).any()) and not bool(moved(0.4, 0.1).any())

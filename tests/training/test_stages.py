@@ -77,13 +77,13 @@ def draw(trained, indices, **options):
     )
 
 
-def guided(config, strength):
-    return config.model_copy(update={"sampling": config.sampling.model_copy(update={"guidance": strength})})
+def sampled(config, **values):
+    return config.model_copy(update={"sampling": config.sampling.model_copy(update=values)})
 
 
 @pytest.mark.parametrize("guidance", [0.0, 6.0])
 def test_images_do_not_depend_on_batch_size_or_shard(trained, guidance):
-    trained = trained | {"config": guided(trained["config"], guidance)}
+    trained = trained | {"config": sampled(trained["config"], guidance=guidance, sharpness=guidance / 10)}
     whole, labels = draw(trained, range(60))
     for batch_size in (1, 7, 60):
         again, same_labels = draw(trained, range(60), batch_size=batch_size)
@@ -98,7 +98,7 @@ def test_guidance_moves_each_image_by_a_strength_of_its_own(trained):
     """Half of the images are plain; the strengths of the others are uniform around the setting."""
     seen = []
     with mock.patch.object(sampling, "guide", lambda model, prior, strengths, **_: seen.append(strengths) or model):
-        draw(trained, range(600), config=guided(trained["config"], 6.0))
+        draw(trained, range(600), config=sampled(trained["config"], guidance=6.0))
     strengths = torch.cat(seen)
     assert strengths.shape == (600,) and float(strengths.max()) <= 9
     assert abs(float((strengths == 0).double().mean()) - 1 / 2) < 5 * (1 / 4 / 600) ** 0.5
@@ -106,8 +106,18 @@ def test_guidance_moves_each_image_by_a_strength_of_its_own(trained):
     for low in range(3, 9):
         share = float(((strengths >= low) & (strengths < low + 1)).double().mean())
         assert abs(share - 1 / 12) < 5 * (1 / 12 * 11 / 12 / 600) ** 0.5
-    plain, clear = (draw(trained, range(60), config=guided(trained["config"], s))[0] for s in (0.0, 6.0))
+    plain, clear = (draw(trained, range(60), config=sampled(trained["config"], guidance=s))[0] for s in (0.0, 6.0))
     assert not np.array_equal(plain, clear)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"sharpness": 0.8, "sharpened_below": 1.0}, {"S_noise": 1.5}, {"sharpness": 0.8, "sharpened_below": 1e-3}],
+)
+def test_sharpness_and_fresh_noise_reach_the_images(trained, values):
+    plain = draw(trained, range(60), config=sampled(trained["config"], sharpness=0.0))[0]
+    changed = draw(trained, range(60), config=sampled(trained["config"], **values))[0]
+    assert np.array_equal(plain, changed) == (values.get("sharpened_below", 1.0) < trained["config"].sampling.sigma_min)
 
 
 def test_sampling_from_a_fixed_model_with_a_fixed_seed_is_reproducible(trained):
