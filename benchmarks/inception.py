@@ -25,29 +25,24 @@ from quality import RESULTS as QUALITY
 
 from dpldm_core.data.ingest import ingest_dataset
 from dpldm_core.data.schema import read_records
-from dpldm_core.evaluation.features import inception_extractor
+from dpldm_core.evaluation.features import FeatureExtractor, inception_extractor
 from dpldm_core.evaluation.frechet import frechet_distance
 from dpldm_core.release.synthetic import read_synthetic
 
 RESULTS = Path(__file__).parent / "results" / "inception"
 
 
-def measure(
-    kept: Path, dataset: str, *, weights: str, data_root: str | None, num_images: int
-) -> dict[str, float | str | int]:
-    """Distances of every kept set of images to real training images, and of those to the test images.
+def real_features(
+    dataset: str, extractor: FeatureExtractor, *, data_root: str | None, num_images: int
+) -> dict[str, np.ndarray]:
+    """Features [n, d] of real images, of ``train`` and of ``test``.
 
     Args:
-        kept: Folder of parquet files of synthetic images.
         dataset: Name of the real data.
-        weights: File with Inception weights.
+        extractor: The network.
         data_root: Folder with the real data.
-        num_images: Images a side at most.
-
-    Returns:
-        The metric, the number of images a side, the floor, and a distance for each file by its name.
+        num_images: Images of each at most.
     """
-    extractor = inception_extractor(weights)
     with tempfile.TemporaryDirectory() as folder:
         paths = ingest_dataset(
             dataset,
@@ -58,39 +53,67 @@ def measure(
             num_classes=None,
             split_by="content",
         )
-        train, test = (read_records(path).images for path in paths)
-    drawn = {path.stem: read_synthetic([path])[0] for path in sorted(kept.glob("*.parquet"))}
-    size = min(num_images, len(train), len(test), *map(len, drawn.values()))
-    rng, features = np.random.default_rng(0), {}
-    for name, images in {"train": train, "test": test, **drawn}.items():
-        features[name] = extractor(images[rng.permutation(len(images))[:size]])
-        print(name, flush=True)
-    distances = {name: frechet_distance(features[name], features["train"]) for name in ("test", *drawn)}
-    return {"metric": extractor.metric, "num_images": size, "floor": distances.pop("test"), **distances}
+        parts = {name: read_records(path).images for name, path in zip(("train", "test"), paths, strict=True)}
+    return {name: _features(extractor, images, num_images) for name, images in parts.items()}
+
+
+def measure(
+    kept: Path, real: dict[str, np.ndarray], extractor: FeatureExtractor, *, num_images: int
+) -> dict[str, float | str | int]:
+    """Distances of every kept set of images to real training images, and of those to the test images.
+
+    Args:
+        kept: Folder of parquet files of synthetic images.
+        real: From :func:`real_features`, with the same number of images.
+        extractor: The network.
+        num_images: Images a side.
+
+    Returns:
+        The metric, the number of images a side, the floor, and a distance for each file by its name.
+
+    Raises:
+        SystemExit: There is no file, or one holds fewer images than asked for.
+    """
+    result = {"metric": extractor.metric, "num_images": num_images}
+    result["floor"] = frechet_distance(real["test"], real["train"])
+    if not (files := sorted(kept.glob("*.parquet"))):
+        raise SystemExit(f"--images: {kept} holds no images; run benchmarks/quality.py --keep {kept.parent} first")
+    for path in files:
+        images = read_synthetic([path])[0]
+        result[path.stem] = frechet_distance(_features(extractor, images, num_images), real["train"])
+        print(kept.name, path.stem, result[path.stem], flush=True)
+    return result
+
+
+def _features(extractor: FeatureExtractor, images: np.ndarray, num_images: int) -> np.ndarray:
+    """Of images chosen by a fixed permutation."""
+    if len(images) < num_images:
+        raise SystemExit(f"--num-images {num_images}: there are only {len(images)} images on one side; ask for fewer")
+    return extractor(images[np.random.default_rng(0).permutation(len(images))[:num_images]])
 
 
 def main() -> None:
-    """Measure one kept release and write its result file."""
+    """Measure kept releases and write a result file for each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", help="result file of benchmarks/quality.py, without .json")
+    parser.add_argument("names", nargs="+", help="result files of benchmarks/quality.py, without .json")
     parser.add_argument("--images", required=True, help="folder that quality.py --keep was given")
     parser.add_argument("--inception-weights", required=True, help="file with Inception weights")
     parser.add_argument("--data-root", help="folder with MNIST and Fashion-MNIST")
     parser.add_argument("--num-images", type=int, default=2_000, help="images a side")
     arguments = parser.parse_args()
-    release = json.loads((QUALITY / f"{arguments.name}.json").read_text())
-    result = {"dataset": release["dataset"], "epsilon": release["config"]["epsilon"], "preset": release["preset"]}
-    result |= measure(
-        Path(arguments.images) / arguments.name,
-        release["dataset"],
-        weights=arguments.inception_weights,
-        data_root=arguments.data_root,
-        num_images=arguments.num_images,
-    )
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    path = RESULTS / f"{arguments.name}.json"
-    path.write_text(json.dumps(result | {"machine": describe_machine()}, indent=1) + "\n")
-    print(path)
+    extractor, real = inception_extractor(arguments.inception_weights), {}
+    for name in arguments.names:
+        release = json.loads((QUALITY / f"{name}.json").read_text())
+        dataset = release["dataset"]
+        if dataset not in real:
+            limits = {"data_root": arguments.data_root, "num_images": arguments.num_images}
+            real[dataset] = real_features(dataset, extractor, **limits)
+        found = measure(Path(arguments.images) / name, real[dataset], extractor, num_images=arguments.num_images)
+        result = {"dataset": dataset, "epsilon": release["config"]["epsilon"], "preset": release["preset"]}
+        RESULTS.mkdir(parents=True, exist_ok=True)
+        path = RESULTS / f"{name}.json"
+        path.write_text(json.dumps(result | found | {"machine": describe_machine()}, indent=1) + "\n")
+        print(path)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,8 @@ MADE = (
 )
 BASELINES = {"one_shot_prior": "one-shot prior", "dp_merf": "DP-MERF", "pixel_dpdm": "DPDM on pixels"}
 
+BEFORE = {"sharpness": 0.0, "S_noise": 1.0}  # what results did that were made before there was such a field
+
 
 def results_of_quality() -> list[dict]:
     """All result files of benchmarks/quality.py, in the order of the tables."""
@@ -41,13 +43,13 @@ def _preset_of(result: dict) -> str:
     config = result["config"]
     now = PRESETS[result["preset"]](config["num_records"] or REFERENCE_RECORDS)
     names = ("autoencoder", "prior", "diffusion", "teacher", "sampling")
-    sections = [("", config[name], now[name]) for name in names]
+    sections = [("", now[name] | BEFORE | config[name], now[name]) for name in names]
     sections += [("private ", had["dp_sgd"], has["dp_sgd"]) for _, had, has in sections if "dp_sgd" in has]
     then = [
         f"{kind}{field} {had[field]:.3g}"
         for kind, had, has in sections
         for field, value in has.items()
-        if field not in ("num_samples", "dp_sgd") and had.get(field, value) != value
+        if field not in ("num_samples", "dp_sgd") and had[field] != value
     ]
     return f"{result['preset']} ({', '.join(then)})" if then else result["preset"]
 
@@ -131,6 +133,27 @@ def guidance_table() -> str:
                 f"{distance / prior:.2f}",
             )
             rows.append("| " + " | ".join(cells) + " |")
+    return "\n".join(rows)
+
+
+def inception_table() -> str:
+    """One row per result file of benchmarks/inception.py."""
+    rows = [
+        "| data | epsilon | preset | metric, images a side | floor | release | one-shot prior | release / prior |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for path in sorted((HERE / "results" / "inception").glob("*.json")):
+        result = json.loads(path.read_text())
+        release, prior = result["release"], result["one_shot_prior"]
+        cells = (
+            result["dataset"],
+            f"{result['epsilon']:g}",
+            result["preset"],
+            f"{result['metric']}, {result['num_images']:,}",
+            *(f"{value:.3g}" for value in (result["floor"], release, prior)),
+            f"{release / prior:.2f}",
+        )
+        rows.append("| " + " | ".join(cells) + " |")
     return "\n".join(rows)
 
 
@@ -243,6 +266,7 @@ def dp_step_table() -> str:
 TABLES = {
     "quality": quality_table,
     "stages": stages_table,
+    "inception": inception_table,
     "guidance": guidance_table,
     "ablation": ablation_table,
     "variety": variety_table,
