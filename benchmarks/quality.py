@@ -27,12 +27,13 @@ from _baselines import BASELINES
 from _machine import describe_machine
 from tables import MADE
 
+from dpldm_core.config import ReleaseConfig
 from dpldm_core.data.ingest import ingest_dataset
 from dpldm_core.data.schema import read_records
 from dpldm_core.models.classifier import SmallCnn, train_classifier
 from dpldm_core.privacy.calibration import TEACHER
 from dpldm_core.release.measuring import FIRST_SEED, evaluate_files
-from dpldm_core.release.opening import check_request, decide
+from dpldm_core.release.opening import Decision, check_request, decide
 from dpldm_core.release.publishing import publish_release
 from dpldm_core.release.sampling import write_shard
 from dpldm_core.release.synthetic import write_synthetic_parquet
@@ -41,6 +42,7 @@ from dpldm_core.rng import SecretKey
 from dpldm_core.training import stages
 
 RESULTS = Path(__file__).parent / "results" / "quality"
+PUBLIC = ("decoder", "denoiser", "teacher")  # models of a release; the encoder's side stays private
 
 
 class Clock:
@@ -62,8 +64,83 @@ class Clock:
         print(f"{name:18s} {self.stages[name]}", flush=True)
 
 
-def release_and_measure(arguments: argparse.Namespace, folder: Path, real_classifier: SmallCnn | None = None) -> dict:
-    """All stages of one release, then its measurement, with features of a classifier of the real training records."""
+def minutes_of(measured: dict[str, dict[str, float]]) -> float:
+    """Minutes of a release from the seconds of its stages; the measurement is not among them."""
+    return round(sum(measured[name]["wall_seconds"] for name in MADE if name in measured) / 60, 2)
+
+
+def train_models(
+    train: Path, decision: Decision, folder: Path, clock: Clock, *, teacher: bool
+) -> tuple[dict[str, Path], float]:
+    """The stages that spend, on private records.
+
+    Args:
+        train: Private training records.
+        decision: Configuration, plan and schema.
+        folder: Where the models are written.
+        clock: Measures each stage.
+        teacher: Whether a teacher names the classes.
+
+    Returns:
+        The public model files by name, and the noise of the latents that the denoiser was trained on.
+    """
+    config, plan = decision.request.config, decision.plan
+    keys = {m.stage: SecretKey.generate() for m in plan.mechanisms}
+    run = stages.Run(folder)
+    with clock.stage("train_autoencoder"):
+        autoencoder, decoder, _ = stages.train_codec(train, config, plan, keys["train_autoencoder"], run)
+    with clock.stage("extract_latents"):
+        latents, noise_std = stages.extract_latents(train, autoencoder, config, plan, keys.__getitem__, run)
+    with clock.stage("train_diffusion"):
+        denoiser, _ = stages.train_diffusion(latents, noise_std, config, decision.schema, plan, keys.__getitem__, run)
+    models = {"decoder": decoder, "denoiser": denoiser}
+    with clock.stage("train_teacher"):
+        if TEACHER in plan.stages() and teacher:
+            files = train, autoencoder, decoder, denoiser
+            models["teacher"] = stages.train_teacher(*files, config, plan, keys[TEACHER], run)
+    return models, noise_std
+
+
+def kept_models(kept: Path, config: ReleaseConfig, folder: Path) -> dict[str, Path]:
+    """The models that an earlier run kept, copied to the folder.
+
+    Raises:
+        SystemExit: They are not there, or belong to a mode whose latents carry noise.
+    """
+    if config.latent_mechanism != "dp_sgd" or not (found := sorted(kept.glob("*.safetensors"))):
+        raise SystemExit(f"--models: {kept} holds no models of a dp_sgd release; run this with --keep first")
+    return {path.stem: Path(shutil.copy(path, folder)) for path in found}
+
+
+def with_earlier_stages(result: dict, earlier: dict) -> dict:
+    """The result of a release that was sampled again, with the stages of the run that trained its models.
+
+    Raises:
+        SystemExit: The earlier run spent something else: its models are not those of this plan.
+    """
+    if result["events"] != earlier["events"]:
+        raise SystemExit("--models: the plan has changed since these models were trained; train them again")
+    spent = {name: earlier["stages"][name] for name in MADE if name.startswith(("train", "extract"))}
+    result["stages"] = spent | result["stages"]
+    result["release_minutes"] = minutes_of(result["stages"])
+    result["trained_by"] = earlier.get("trained_by", earlier["machine"])
+    return result
+
+
+def release_and_measure(
+    arguments: argparse.Namespace, folder: Path, real_classifier: SmallCnn | None = None, kept: Path | None = None
+) -> dict:
+    """All stages of one release, then its measurement, with features of a classifier of the real training records.
+
+    Args:
+        arguments: From :func:`add_arguments`.
+        folder: Where files are written.
+        real_classifier: Whose features the distances are of; None: one is trained.
+        kept: Folder of models to sample from; None: they are trained.
+
+    Returns:
+        The result file.
+    """
     clock = Clock()
     with clock.stage("open"):
         request = check_request(
@@ -79,8 +156,6 @@ def release_and_measure(arguments: argparse.Namespace, folder: Path, real_classi
         )
         decision = decide(request, data_root=arguments.data_root, cache_dir=str(folder))
     config, plan, schema = request.config, decision.plan, decision.schema
-    keys = {m.stage: SecretKey.generate() for m in plan.mechanisms}
-    run = stages.Run(folder)
     with clock.stage("ingest"):
         by = "position" if config.latent_mechanism == "noised_latents" else "content"
         train, heldout = ingest_dataset(
@@ -92,17 +167,10 @@ def release_and_measure(arguments: argparse.Namespace, folder: Path, real_classi
             num_classes=config.num_classes,
             split_by=by,
         )
-    with clock.stage("train_autoencoder"):
-        autoencoder, decoder, _ = stages.train_codec(train, config, plan, keys["train_autoencoder"], run)
-    with clock.stage("extract_latents"):
-        latents, noise_std = stages.extract_latents(train, autoencoder, config, plan, keys.__getitem__, run)
-    with clock.stage("train_diffusion"):
-        denoiser, _ = stages.train_diffusion(latents, noise_std, config, schema, plan, keys.__getitem__, run)
-    models = {"decoder": decoder, "denoiser": denoiser}
-    with clock.stage("train_teacher"):
-        if TEACHER in plan.stages() and not arguments.drawn_labels:
-            files = train, autoencoder, decoder, denoiser
-            models["teacher"] = stages.train_teacher(*files, config, plan, keys[TEACHER], run)
+    if kept is not None:
+        models, noise_std = kept_models(kept, config, folder), 0.0
+    else:
+        models, noise_std = train_models(train, decision, folder, clock, teacher=not arguments.drawn_labels)
     with clock.stage("sample"):
         part = write_shard(folder, 0, config, schema.model_dump_json(), noise_std=noise_std, num_shards=1, **models)
     with clock.stage("publish"):
@@ -170,7 +238,7 @@ def release_and_measure(arguments: argparse.Namespace, folder: Path, real_classi
         "neighboring_relation": report.neighboring_relation,
         "epsilon_replace_one": report.epsilon_replace_one,
         "events": [event.model_dump(mode="json") for event in report.events],
-        "release_minutes": round(sum(clock.stages[name]["wall_seconds"] for name in MADE) / 60, 2),
+        "release_minutes": minutes_of(clock.stages),
         "stages": clock.stages,
         "measured": result,
         "baselines": baselines,
@@ -209,19 +277,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
     parser.add_argument("--name", default="", help="name of the result file")
-    parser.add_argument("--keep", default="", help="folder for the images of the release and of the other methods")
+    parser.add_argument("--keep", default="", help="folder for models and images of the release and of other methods")
+    parser.add_argument("--models", default="", help="folder of models that a run kept: sample and measure them again")
     arguments = parser.parse_args()
     default = f"{arguments.dataset}-eps{arguments.epsilon:g}-{arguments.preset}-{arguments.latent_mechanism}"
     name = arguments.name or default
+    path = RESULTS / f"{name}.json"
     with tempfile.TemporaryDirectory() as folder:
-        result = release_and_measure(arguments, Path(folder))
+        models = Path(arguments.models) if arguments.models else None
+        result = release_and_measure(arguments, Path(folder), kept=models)
+        if models is not None:
+            result = with_earlier_stages(result, json.loads(path.read_text()))
         if arguments.keep:
             kept = Path(arguments.keep) / name
             kept.mkdir(parents=True, exist_ok=True)
             shutil.copy(Path(folder) / "shard-00000.parquet", kept / "release.parquet")
             for baseline in result["baselines"]:
                 shutil.copy(Path(folder) / f"{baseline}.parquet", kept)
-    path = RESULTS / f"{name}.json"
+            for model in (Path(folder) / f"{name}.safetensors" for name in PUBLIC):
+                if model.exists():
+                    shutil.copy(model, kept)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")
     print(path)
