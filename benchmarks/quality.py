@@ -27,7 +27,6 @@ from _baselines import BASELINES
 from _machine import describe_machine
 from tables import MADE
 
-from dpldm_core.config import ReleaseConfig
 from dpldm_core.data.ingest import ingest_dataset
 from dpldm_core.data.schema import read_records
 from dpldm_core.models.classifier import SmallCnn, train_classifier
@@ -42,7 +41,7 @@ from dpldm_core.rng import SecretKey
 from dpldm_core.training import stages
 
 RESULTS = Path(__file__).parent / "results" / "quality"
-PUBLIC = ("decoder", "denoiser", "teacher")  # models of a release; the encoder's side stays private
+KEPT = ("autoencoder", "decoder", "denoiser")
 
 
 class Clock:
@@ -70,7 +69,7 @@ def minutes_of(measured: dict[str, dict[str, float]]) -> float:
 
 
 def train_models(
-    train: Path, decision: Decision, folder: Path, clock: Clock, *, teacher: bool
+    train: Path, decision: Decision, folder: Path, clock: Clock, *, teacher: bool, kept: Path | None
 ) -> tuple[dict[str, Path], float]:
     """The stages that spend, on private records.
 
@@ -80,6 +79,7 @@ def train_models(
         folder: Where the models are written.
         clock: Measures each stage.
         teacher: Whether a teacher names the classes.
+        kept: Folder with the models of an earlier run, all but the teacher; None: they are trained.
 
     Returns:
         The public model files by name, and the noise of the latents that the denoiser was trained on.
@@ -87,12 +87,17 @@ def train_models(
     config, plan = decision.request.config, decision.plan
     keys = {m.stage: SecretKey.generate() for m in plan.mechanisms}
     run = stages.Run(folder)
-    with clock.stage("train_autoencoder"):
-        autoencoder, decoder, _ = stages.train_codec(train, config, plan, keys["train_autoencoder"], run)
-    with clock.stage("extract_latents"):
-        latents, noise_std = stages.extract_latents(train, autoencoder, config, plan, keys.__getitem__, run)
-    with clock.stage("train_diffusion"):
-        denoiser, _ = stages.train_diffusion(latents, noise_std, config, decision.schema, plan, keys.__getitem__, run)
+    if kept is not None:
+        autoencoder, decoder, denoiser = (Path(shutil.copy(kept / f"{name}.safetensors", folder)) for name in KEPT)
+        noise_std = 0.0
+    else:
+        with clock.stage("train_autoencoder"):
+            autoencoder, decoder, _ = stages.train_codec(train, config, plan, keys["train_autoencoder"], run)
+        with clock.stage("extract_latents"):
+            latents, noise_std = stages.extract_latents(train, autoencoder, config, plan, keys.__getitem__, run)
+        with clock.stage("train_diffusion"):
+            files = latents, noise_std, config, decision.schema
+            denoiser, _ = stages.train_diffusion(*files, plan, keys.__getitem__, run)
     models = {"decoder": decoder, "denoiser": denoiser}
     with clock.stage("train_teacher"):
         if TEACHER in plan.stages() and teacher:
@@ -101,28 +106,18 @@ def train_models(
     return models, noise_std
 
 
-def kept_models(kept: Path, config: ReleaseConfig, folder: Path) -> dict[str, Path]:
-    """The models that an earlier run kept, copied to the folder.
-
-    Raises:
-        SystemExit: They are not there, or belong to a mode whose latents carry noise.
-    """
-    if config.latent_mechanism != "dp_sgd" or not (found := sorted(kept.glob("*.safetensors"))):
-        raise SystemExit(f"--models: {kept} holds no models of a dp_sgd release; run this with --keep first")
-    return {path.stem: Path(shutil.copy(path, folder)) for path in found}
-
-
 def with_earlier_stages(result: dict, earlier: dict) -> dict:
-    """The result of a release that was sampled again, with the stages of the run that trained its models.
+    """The result of a release with kept models, and the stages of the run that trained them.
 
     Raises:
         SystemExit: The earlier run spent something else: its models are not those of this plan.
     """
     if result["events"] != earlier["events"]:
         raise SystemExit("--models: the plan has changed since these models were trained; train them again")
-    spent = {name: earlier["stages"][name] for name in MADE if name.startswith(("train", "extract"))}
+    spent = {name: earlier["stages"][name] for name in ("train_autoencoder", "extract_latents", "train_diffusion")}
     result["stages"] = spent | result["stages"]
     result["release_minutes"] = minutes_of(result["stages"])
+    result["baselines"] = earlier["baselines"] | result["baselines"]  # they have nothing to do with the models
     result["trained_by"] = earlier.get("trained_by", earlier["machine"])
     return result
 
@@ -136,7 +131,7 @@ def release_and_measure(
         arguments: From :func:`add_arguments`.
         folder: Where files are written.
         real_classifier: Whose features the distances are of; None: one is trained.
-        kept: Folder of models to sample from; None: they are trained.
+        kept: See :func:`train_models`.
 
     Returns:
         The result file.
@@ -167,10 +162,8 @@ def release_and_measure(
             num_classes=config.num_classes,
             split_by=by,
         )
-    if kept is not None:
-        models, noise_std = kept_models(kept, config, folder), 0.0
-    else:
-        models, noise_std = train_models(train, decision, folder, clock, teacher=not arguments.drawn_labels)
+    teacher = not arguments.drawn_labels
+    models, noise_std = train_models(train, decision, folder, clock, teacher=teacher, kept=kept)
     with clock.stage("sample"):
         part = write_shard(folder, 0, config, schema.model_dump_json(), noise_std=noise_std, num_shards=1, **models)
     with clock.stage("publish"):
@@ -278,8 +271,10 @@ def main() -> None:
     add_arguments(parser)
     parser.add_argument("--name", default="", help="name of the result file")
     parser.add_argument("--keep", default="", help="folder for models and images of the release and of other methods")
-    parser.add_argument("--models", default="", help="folder of models that a run kept: sample and measure them again")
+    parser.add_argument("--models", default="", help="models that a run with this plan kept: go on from there")
     arguments = parser.parse_args()
+    if arguments.models and arguments.latent_mechanism != "dp_sgd":
+        parser.error("--models: the latents of this mode carry noise that the models do not tell")
     default = f"{arguments.dataset}-eps{arguments.epsilon:g}-{arguments.preset}-{arguments.latent_mechanism}"
     name = arguments.name or default
     path = RESULTS / f"{name}.json"
@@ -294,9 +289,8 @@ def main() -> None:
             shutil.copy(Path(folder) / "shard-00000.parquet", kept / "release.parquet")
             for baseline in result["baselines"]:
                 shutil.copy(Path(folder) / f"{baseline}.parquet", kept)
-            for model in (Path(folder) / f"{name}.safetensors" for name in PUBLIC):
-                if model.exists():
-                    shutil.copy(model, kept)
+            for model in KEPT:
+                shutil.copy(Path(folder) / f"{model}.safetensors", kept)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")
     print(path)

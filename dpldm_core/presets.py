@@ -123,7 +123,8 @@ def _cpu(num_records: int) -> dict[str, Any]:
             4096, num_records, num_steps=100, max_grad_norm=0.5, learning_rate=60.0, ema_decay=0.9, budget_share=0.15
         ),
     }
-    values["sampling"] |= {"num_samples": 60_000, "num_shards": 4, "S_noise": 1.1, "guidance": 8.0, "sharpness": 0.4}
+    values["sampling"] |= {"num_samples": 60_000, "num_steps": 8, "num_shards": 4}
+    values["sampling"] |= {"S_noise": 1.1, "guidance": 8.0, "sharpness": 0.4}
     values["evaluation"] = {"num_epochs": 4, "num_seeds": 3, "max_frechet_images": 10_000, "metrics_share": 0.01}
     return values
 
