@@ -281,19 +281,19 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         models = Path(arguments.models) if arguments.models else None
         result = release_and_measure(arguments, Path(folder), kept=models)
+        drawn = {"shard-00000": "release"} | {baseline: baseline for baseline in result["baselines"]}
         if models is not None:
             result = with_earlier_stages(result, json.loads(path.read_text()))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(result, indent=1) + "\n")
+        print(path)
         if arguments.keep:
             kept = Path(arguments.keep) / name
             kept.mkdir(parents=True, exist_ok=True)
-            shutil.copy(Path(folder) / "shard-00000.parquet", kept / "release.parquet")
-            for baseline in result["baselines"]:
-                shutil.copy(Path(folder) / f"{baseline}.parquet", kept)
+            for file, as_name in drawn.items():
+                shutil.copy(Path(folder) / f"{file}.parquet", kept / f"{as_name}.parquet")
             for model in KEPT:
                 shutil.copy(Path(folder) / f"{model}.safetensors", kept)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    print(path)
 
 
 if __name__ == "__main__":
