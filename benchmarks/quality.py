@@ -41,7 +41,7 @@ from dpldm_core.rng import SecretKey
 from dpldm_core.training import stages
 
 RESULTS = Path(__file__).parent / "results" / "quality"
-KEPT = ("autoencoder", "decoder", "denoiser")
+KEPT = ("autoencoder", "decoder", "denoiser")  # the first is private; here it belongs to public data
 
 
 class Clock:
@@ -278,8 +278,10 @@ def main() -> None:
     default = f"{arguments.dataset}-eps{arguments.epsilon:g}-{arguments.preset}-{arguments.latent_mechanism}"
     name = arguments.name or default
     path = RESULTS / f"{name}.json"
+    models = Path(arguments.models) if arguments.models else None
+    if models and (missing := [p for p in (path, *(models / f"{m}.safetensors" for m in KEPT)) if not p.exists()]):
+        parser.error(f"--models: there is no {missing[0]}; run this with --keep and without --models first")
     with tempfile.TemporaryDirectory() as folder:
-        models = Path(arguments.models) if arguments.models else None
         result = release_and_measure(arguments, Path(folder), kept=models)
         drawn = {"shard-00000": "release"} | {baseline: baseline for baseline in result["baselines"]}
         if models is not None:
