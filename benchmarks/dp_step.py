@@ -78,7 +78,8 @@ def autoencoder() -> Workload:
     model = build_autoencoder(resolved().autoencoder, channels=1, height=28, width=28)
 
     def batch(rows: int) -> Batch:
-        return {"values": torch.rand(rows, 1, 1, 28, 28) * 2 - 1, "weights": torch.ones(rows, 1)}
+        noise = 0.1 * torch.randn(rows, 1, model.latent_dim)
+        return {"values": torch.rand(rows, 1, 1, 28, 28) * 2 - 1, "weights": torch.ones(rows, 1), "noise": noise}
 
     return Workload(model, reconstruction_loss, batch)
 

@@ -30,7 +30,8 @@ from tables import MADE
 from dpldm_core.data.ingest import ingest_dataset
 from dpldm_core.data.schema import read_records
 from dpldm_core.models.classifier import SmallCnn, train_classifier
-from dpldm_core.privacy.calibration import TEACHER
+from dpldm_core.privacy.calibration import DIFFUSION, PRIOR, TEACHER
+from dpldm_core.privacy.report import recompute
 from dpldm_core.release.measuring import FIRST_SEED, evaluate_files
 from dpldm_core.release.opening import Decision, check_request, decide
 from dpldm_core.release.publishing import publish_release
@@ -41,7 +42,7 @@ from dpldm_core.rng import SecretKey
 from dpldm_core.training import stages
 
 RESULTS = Path(__file__).parent / "results" / "quality"
-KEPT = ("autoencoder", "decoder", "denoiser")  # the first is private; here it belongs to public data
+KEPT = ("decoder", "denoiser")
 
 
 class Clock:
@@ -79,7 +80,7 @@ def train_models(
         folder: Where the models are written.
         clock: Measures each stage.
         teacher: Whether a teacher names the classes.
-        kept: Folder with the models of an earlier run, all but the teacher; None: they are trained.
+        kept: Denoiser of an earlier run; None: it is trained. The encoder has no weights, so no other stage moves it.
 
     Returns:
         The public model files by name, and the noise of the latents that the denoiser was trained on.
@@ -87,12 +88,11 @@ def train_models(
     config, plan = decision.request.config, decision.plan
     keys = {m.stage: SecretKey.generate() for m in plan.mechanisms}
     run = stages.Run(folder)
+    with clock.stage("train_autoencoder"):
+        autoencoder, decoder, _ = stages.train_codec(train, config, plan, keys["train_autoencoder"], run)
     if kept is not None:
-        autoencoder, decoder, denoiser = (Path(shutil.copy(kept / f"{name}.safetensors", folder)) for name in KEPT)
-        noise_std = 0.0
+        denoiser, noise_std = Path(shutil.copy(kept, folder / "denoiser.safetensors")), 0.0
     else:
-        with clock.stage("train_autoencoder"):
-            autoencoder, decoder, _ = stages.train_codec(train, config, plan, keys["train_autoencoder"], run)
         with clock.stage("extract_latents"):
             latents, noise_std = stages.extract_latents(train, autoencoder, config, plan, keys.__getitem__, run)
         with clock.stage("train_diffusion"):
@@ -107,17 +107,23 @@ def train_models(
 
 
 def with_earlier_stages(result: dict, earlier: dict) -> dict:
-    """The result of a release with kept models, and the stages of the run that trained them.
+    """The result of a release with a kept denoiser: its bill and seconds are those of the run that trained it.
 
     Raises:
-        SystemExit: The earlier run spent something else: its models are not those of this plan.
+        SystemExit: With the denoiser's true bill the release costs more than its plan says.
     """
-    if result["events"] != earlier["events"]:
-        raise SystemExit("--models: the plan has changed since these models were trained; train them again")
-    spent = {name: earlier["stages"][name] for name in ("train_autoencoder", "extract_latents", "train_diffusion")}
+    paid = {event["stage"]: event for event in earlier["events"] if event["stage"] in (PRIOR, DIFFUSION)}
+    result["events"] = [paid.get(event["stage"], event) for event in result["events"]]
+    epsilon, replace_one = recompute(result)
+    if epsilon > result["epsilon"]:
+        raise SystemExit(
+            f"--denoiser: with it epsilon is {epsilon}, above the plan's {result['epsilon']}; train it again"
+        )
+    result |= {"epsilon": epsilon, "epsilon_replace_one": replace_one}
+    spent = {name: earlier["stages"][name] for name in ("extract_latents", "train_diffusion")}
     result["stages"] = spent | result["stages"]
     result["release_minutes"] = minutes_of(result["stages"])
-    result["baselines"] = earlier["baselines"] | result["baselines"]  # they have nothing to do with the models
+    result["baselines"] = earlier["baselines"] | result["baselines"]  # they have nothing to do with the denoiser
     result["trained_by"] = earlier.get("trained_by", earlier["machine"])
     return result
 
@@ -271,20 +277,22 @@ def main() -> None:
     add_arguments(parser)
     parser.add_argument("--name", default="", help="name of the result file")
     parser.add_argument("--keep", default="", help="folder for models and images of the release and of other methods")
-    parser.add_argument("--models", default="", help="models that a run with this plan kept: go on from there")
+    parser.add_argument(
+        "--denoiser", default="", help="file that an earlier run kept, paid for as there; all else is made"
+    )
     arguments = parser.parse_args()
-    if arguments.models and arguments.latent_mechanism != "dp_sgd":
-        parser.error("--models: the latents of this mode carry noise that the models do not tell")
+    if arguments.denoiser and arguments.latent_mechanism != "dp_sgd":
+        parser.error("--denoiser: the latents of this mode carry noise that the model does not tell")
     default = f"{arguments.dataset}-eps{arguments.epsilon:g}-{arguments.preset}-{arguments.latent_mechanism}"
     name = arguments.name or default
     path = RESULTS / f"{name}.json"
-    models = Path(arguments.models) if arguments.models else None
-    if models and (missing := [p for p in (path, *(models / f"{m}.safetensors" for m in KEPT)) if not p.exists()]):
-        parser.error(f"--models: there is no {missing[0]}; run this with --keep and without --models first")
+    denoiser = Path(arguments.denoiser) if arguments.denoiser else None
+    if denoiser and (missing := [p for p in (path, denoiser) if not p.exists()]):
+        parser.error(f"--denoiser: there is no {missing[0]}; run this with --keep and without --denoiser first")
     with tempfile.TemporaryDirectory() as folder:
-        result = release_and_measure(arguments, Path(folder), kept=models)
+        result = release_and_measure(arguments, Path(folder), kept=denoiser)
         drawn = {"shard-00000": "release"} | {baseline: baseline for baseline in result["baselines"]}
-        if models is not None:
+        if denoiser is not None:
             result = with_earlier_stages(result, json.loads(path.read_text()))
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(result, indent=1) + "\n")

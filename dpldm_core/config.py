@@ -35,6 +35,7 @@ class AutoencoderConfig(_Frozen):
     refiner_channels: int = Field(ge=1, description="width of the convolutions")
     procedural_steps: int = Field(ge=0, description="steps on procedural images before private data; free")
     procedural_batch_size: int = Field(ge=1, description="procedural images per step")
+    latent_noise: float = Field(ge=0, description="largest noise of whitened latents that the decoder learns from")
     dp_sgd: DpSgdConfig
 
 

@@ -42,6 +42,7 @@ def _quick(num_records: int) -> dict[str, Any]:
             "refiner_channels": 32,
             "procedural_steps": 300,
             "procedural_batch_size": 128,
+            "latent_noise": 0.2,
             "dp_sgd": _dp_sgd(
                 256, num_records, num_steps=40, max_grad_norm=0.1, learning_rate=2e-3, ema_decay=0.9, budget_share=0.05
             ),
@@ -106,7 +107,7 @@ def _cpu(num_records: int) -> dict[str, Any]:
     values["autoencoder"] |= {
         "procedural_steps": 500,
         "dp_sgd": _dp_sgd(
-            512, num_records, num_steps=60, max_grad_norm=0.1, learning_rate=2e-3, ema_decay=0.9, budget_share=0.05
+            1024, num_records, num_steps=150, max_grad_norm=0.1, learning_rate=2e-3, ema_decay=0.9, budget_share=0.05
         ),
     }
     values["diffusion"] |= {
@@ -123,7 +124,7 @@ def _cpu(num_records: int) -> dict[str, Any]:
             4096, num_records, num_steps=100, max_grad_norm=0.5, learning_rate=60.0, ema_decay=0.9, budget_share=0.15
         ),
     }
-    values["sampling"] |= {"num_samples": 60_000, "num_steps": 8, "num_shards": 4}
+    values["sampling"] |= {"num_samples": 60_000, "num_shards": 4}
     values["sampling"] |= {"S_noise": 1.1, "guidance": 8.0, "sharpness": 0.4}
     values["evaluation"] = {"num_epochs": 4, "num_seeds": 3, "max_frechet_images": 10_000, "metrics_share": 0.01}
     return values

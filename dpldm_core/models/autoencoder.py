@@ -155,6 +155,11 @@ def whitening(latent_shape: tuple[int, int, int]) -> Tensor:
     return torch.block_diag(*[cosines] * channels)
 
 
+def unwhitening(latent_shape: tuple[int, int, int]) -> Tensor:
+    """The inverse of :func:`whitening`, [dim, dim]: noise of one size in all coordinates looks like an image there."""
+    return torch.linalg.inv(whitening(latent_shape).double()).float()
+
+
 def _dct(size: int) -> Tensor:
     """Orthonormal DCT-II matrix [size, size]; row u is the cosine of frequency u (Ahmed et al. 1974)."""
     positions = torch.arange(size, dtype=torch.float64)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from dpldm_core.config import AutoencoderConfig
 from dpldm_core.data.procedural import procedural_images
-from dpldm_core.models.autoencoder import Autoencoder
+from dpldm_core.models.autoencoder import Autoencoder, unwhitening
 from dpldm_core.privacy.engine import Batch
 from dpldm_core.privacy.plan import DpSgdPlan
 from dpldm_core.rng import SecretKey
@@ -35,11 +36,36 @@ def build_autoencoder(
         )
 
 
+def draw_codec(batch: Batch, generator: np.random.Generator, config: AutoencoderConfig, spread: Tensor) -> Batch:
+    """Adds noise for the latents of a batch, like what sampled latents carry: levels from 0 to ``latent_noise``.
+
+    Args:
+        batch: With ``values``, images [units, records, c, h, w].
+        generator: Of the draws.
+        config: Largest standard deviation, in whitened coordinates.
+        spread: Map [d, d] from whitened coordinates to latents.
+
+    Returns:
+        The batch with ``noise`` [units, records, d].
+    """
+    units, records = batch["values"].shape[:2]
+    levels = config.latent_noise * generator.random((units, records, 1), dtype=np.float32)
+    noise = levels * generator.standard_normal((units, records, len(spread)), dtype=np.float32)
+    return batch | {"noise": torch.from_numpy(noise).to(spread) @ spread.T}
+
+
 def reconstruction_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """Mean squared pixel error of a unit's images, weighted within the unit, [B]."""
+    """Mean squared pixel error of a unit's images as they are shown, from noisy latents, weighted in the unit, [B].
+
+    Images are clamped before they are shown: below black is black, above white is white, and neither is an error. So
+    the decoder may go safely beyond where it knows a background, and what noise is left there does not show.
+    """
     images, weights = batch["values"], batch["weights"]
-    restored = model(images.flatten(0, 1)).view_as(images)
-    return ((restored - images).square().mean((2, 3, 4)) * weights).sum(1)
+    latents = model.encoder(images.flatten(0, 1)) + batch["noise"].flatten(0, 1)  # type: ignore[operator]
+    restored = model.decoder(latents).view_as(images)  # type: ignore[operator]
+    beyond = (images.abs() >= 1) & (images * restored > 1)
+    errors = torch.where(beyond, 0.0, restored - images).square()
+    return (errors.mean((2, 3, 4)) * weights).sum(1)
 
 
 def pretrain_autoencoder(model: Autoencoder, config: AutoencoderConfig, *, seed: int) -> list[float]:
@@ -47,13 +73,14 @@ def pretrain_autoencoder(model: Autoencoder, config: AutoencoderConfig, *, seed:
 
     Args:
         model: Trained in place.
-        config: Steps and batch size.
+        config: Steps, batch size and noise of the latents.
         seed: Public.
 
     Returns:
         The loss of each step.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator, draws = torch.Generator().manual_seed(seed), np.random.default_rng(seed)
+    spread = unwhitening(model.encoder.transform.latent_shape)
     channels, height, width = model.encoder.transform.shape
     if config.procedural_steps == 0:
         return []
@@ -65,7 +92,8 @@ def pretrain_autoencoder(model: Autoencoder, config: AutoencoderConfig, *, seed:
     losses = []
     for _ in range(config.procedural_steps):
         images = pool[torch.randint(_POOL, (config.procedural_batch_size,), generator=generator)]
-        loss = (model(images) - images).square().mean()
+        batch = draw_codec({"values": images[:, None], "weights": torch.ones(len(images), 1)}, draws, config, spread)
+        loss = reconstruction_loss(model, batch).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -91,20 +119,21 @@ def train_autoencoder(
         units: Private images, values [n, c, h, w] in [-1, 1].
         plan: What is charged.
         key: Secret key of this stage.
-        config: Learning rate and averaging.
+        config: Noise of the latents, learning rate and averaging.
         train: The loop: :func:`train_private`, or one that adds canaries to it.
         loop: Further arguments of :func:`train_private`.
 
     Returns:
         The averaged autoencoder.
     """
+    spread = unwhitening(model.encoder.transform.latent_shape).to(units.values.device)
     return train(  # type: ignore[return-value]
         model,
         units,
         plan,
         key,
         loss=reconstruction_loss,
-        draw=lambda batch, generator: batch,
+        draw=lambda batch, generator: draw_codec(batch, generator, config, spread),
         learning_rate=config.dp_sgd.learning_rate,
         ema_decay=config.dp_sgd.ema_decay,
         **loop,

@@ -14,7 +14,7 @@ from dpldm_core.data.schema import ImageSchema
 from dpldm_core.diffusion.guidance import guide, image_strengths, sharpen
 from dpldm_core.diffusion.sampler import dpm_sampler, sample_noise
 from dpldm_core.diffusion.schedule import sampling_sigmas
-from dpldm_core.models.autoencoder import whitening
+from dpldm_core.models.autoencoder import unwhitening
 from dpldm_core.threads import settle_on_cpu
 from dpldm_core.training.building import new_autoencoder, new_denoiser, new_teacher, to_uint8
 from dpldm_core.training.state import load_model
@@ -61,8 +61,7 @@ def sample_images(
     scale = model.sigma_data / config.diffusion.sigma_data
     settings = config.sampling
     sigmas = scale * sampling_sigmas(settings.num_steps, sigma_min=settings.sigma_min, sigma_max=settings.sigma_max)
-    white = whitening(autoencoder.encoder.transform.latent_shape).double()
-    back = torch.linalg.inv(white).float().to(device)  # latents were whitened before they were released
+    back = unwhitening(autoencoder.encoder.transform.latent_shape).to(device)  # whitened before they were released
     images, labels = [], []
     for start in range(0, len(indices), batch_size):
         chunk = list(indices[start : start + batch_size])

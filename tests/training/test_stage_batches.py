@@ -5,13 +5,14 @@ import pytest
 import torch
 
 from dpldm_core.data.schema import ImageSchema, Records, write_records
+from dpldm_core.models.autoencoder import unwhitening
 from dpldm_core.presets import resolve_config
 from dpldm_core.privacy.clipping import BookKeeping
 from dpldm_core.privacy.engine import DpSgdEngine
 from dpldm_core.privacy.plan import DpSgdPlan, ReleasePlan
 from dpldm_core.rng import SecretKey
 from dpldm_core.training import building, stages
-from dpldm_core.training.autoencoder import reconstruction_loss, train_autoencoder
+from dpldm_core.training.autoencoder import draw_codec, reconstruction_loss, train_autoencoder
 from dpldm_core.training.diffusion import diffusion_loss, draw_diffusion, train_denoiser
 from dpldm_core.training.units import Units
 
@@ -84,6 +85,9 @@ def test_the_sum_is_that_of_units_clipped_alone(config, stage, max_norm):
     model, batch = model_of(stage, config), units_of(stage).fetch(torch.arange(5))
     if stage == "denoiser":
         batch = draw_diffusion(batch, np.random.default_rng(0), config.diffusion, 0.5)
+    else:
+        spread = unwhitening(model.encoder.transform.latent_shape)
+        batch = draw_codec(batch, np.random.default_rng(0), config.autoencoder, spread)
     loss = reconstruction_loss if stage == "autoencoder" else diffusion_loss
     book = BookKeeping(model, max_norm=max_norm)
     sums = book.clipped_sum(lambda: loss(model, batch), torch.ones(5, dtype=torch.bool))
