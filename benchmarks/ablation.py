@@ -30,6 +30,7 @@ ARMS: dict[str, tuple[str | None, dict]] = {
     "no private steps of the denoiser": ("diffusion", {}),
     "no procedural images for the decoder": (None, {"autoencoder": {"procedural_steps": 0}}),
     "no private steps of the decoder": ("autoencoder", {}),
+    "no noise for the decoder": (None, {"autoencoder": {"latent_noise": 0.0}}),
     "no teacher: classes as drawn": ("teacher", {}),
 }
 
