@@ -186,7 +186,7 @@ def release_and_measure(
             noise_std=noise_std,
             work=folder,
         )
-        report = verify_bundle(published.bundle, strict=True).report
+    report = verify_bundle(published.bundle, strict=True).report
     if arguments.picture:
         Path(arguments.picture).write_bytes(published.samples_png)
     measured = {"num_seeds": arguments.seeds, "max_frechet_images": arguments.frechet_images}

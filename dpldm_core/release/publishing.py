@@ -22,10 +22,11 @@ from dpldm_core.release.figures import samples_grid_png
 from dpldm_core.release.metrics import ReleasedMetrics
 from dpldm_core.release.opening import public_name
 from dpldm_core.release.sampling import public_config, read_public_config, write_shard
-from dpldm_core.release.synthetic import read_synthetic
+from dpldm_core.release.synthetic import count_synthetic, read_synthetic
 from dpldm_core.release.verify import verify_bundle
 
 _OWN = -1.0  # guidance: the release's own
+_SHOWN = 100  # images of a class, or of all without labels, that samples.png may show
 
 
 @dataclass(frozen=True)
@@ -201,7 +202,7 @@ def _publish(
     registered: bool,
     metrics: ReleasedMetrics | None = None,
 ) -> Publication:
-    images, labels = read_synthetic(synthetic)
+    images, labels = read_synthetic(synthetic, per_class=_SHOWN)
     names = schema.class_names if schema.labelled else ()
     picture = samples_grid_png(images, labels, class_names=names)
     dataset = str(config["dataset"])
@@ -210,7 +211,7 @@ def _publish(
         report,
         config,
         dataset_title=built_in.title if built_in else dataset,
-        num_samples=len(images),
+        num_samples=sum(count_synthetic(part) for part in synthetic),
         class_names=names,
         metrics=metrics,
         audit=config["audit"],

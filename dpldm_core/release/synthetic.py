@@ -50,11 +50,14 @@ def write_synthetic_parquet(
     pq.write_table(pa.table(columns).replace_schema_metadata(metadata), path, row_group_size=1000)
 
 
-def read_synthetic(source: Path | Sequence[Path]) -> tuple[np.ndarray, np.ndarray | None]:
+def read_synthetic(
+    source: Path | Sequence[Path], *, per_class: int | None = None
+) -> tuple[np.ndarray, np.ndarray | None]:
     """Images uint8 [n, h, w, c] and labels int64 [n], or None for labels when there are none.
 
     Args:
         source: A bundle, one parquet file, or several in order.
+        per_class: Only the first so many images of each class, or of all when there are no labels; None: all.
 
     Raises:
         BundleError: There is nothing to read, it is damaged, or the images differ in size.
@@ -65,6 +68,8 @@ def read_synthetic(source: Path | Sequence[Path]) -> tuple[np.ndarray, np.ndarra
         raise BundleError("there are no synthetic images to read: no synthetic/*.parquet")
     try:
         table = pa.concat_tables([pq.read_table(path) for path in source])
+        if per_class is not None:
+            table = table.take(_first_rows(table, per_class))
         decoded = [_pixels(value) for value in table["image"]]
         labels = table["label"].to_numpy() if "label" in table.column_names else None
     except Exception as error:  # damaged files fail in many ways inside pyarrow and Pillow
@@ -92,6 +97,15 @@ def count_synthetic(path: Path) -> int:
         raise
     except Exception as error:  # as above
         raise BundleError(f"{path.name} cannot be read: {error}") from error
+
+
+def _first_rows(table: pa.Table, per_class: int) -> np.ndarray:
+    """The first rows of each label, in order."""
+    labels = table["label"].to_numpy() if "label" in table.column_names else np.zeros(len(table), np.int64)
+    kept = np.zeros(len(table), bool)
+    for label in np.unique(labels):
+        kept[np.flatnonzero(labels == label)[:per_class]] = True
+    return np.flatnonzero(kept)
 
 
 def _png(image: np.ndarray) -> bytes:

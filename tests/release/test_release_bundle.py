@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from dpldm_core.errors import BundleError
-from dpldm_core.release import bundle
+from dpldm_core.release import bundle, synthetic
 from dpldm_core.release.synthetic import read_synthetic, write_synthetic_parquet
 from dpldm_core.release.verify import verify_bundle
 
@@ -50,6 +50,20 @@ def test_parquet_round_trip(tmp_path, channels, labelled):
     else:
         assert back_labels is None
         assert pq.read_schema(path).names == ["image"]
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_only_the_first_images_of_each_class_are_decoded_when_no_more_are_asked_for(tmp_path, monkeypatch, labelled):
+    images = np.random.default_rng(1).integers(0, 256, (9, 9, 12, 1), dtype=np.uint8)
+    labels, decoded, pixels = np.array([0, 2, 0, 0, 2, 0, 1, 2, 2]), [], synthetic._pixels
+    monkeypatch.setattr(synthetic, "_pixels", lambda value: decoded.append(1) or pixels(value))
+    for part, rows in enumerate((slice(0, 4), slice(4, 9))):
+        write_synthetic_parquet(tmp_path / f"{part}", images[rows], labels[rows], ["a", "b", "c", "d"], labelled)
+    some, their_labels = read_synthetic([tmp_path / "0", tmp_path / "1"], per_class=2)
+    kept = [0, 1, 2, 4, 6] if labelled else [0, 1]
+    np.testing.assert_array_equal(some, images[kept])
+    assert their_labels is None if not labelled else their_labels.tolist() == labels[kept].tolist()
+    assert len(decoded) == len(kept)
 
 
 def test_reading_a_bundle_joins_its_parts_in_order(folder, parts):
