@@ -29,11 +29,8 @@ MADE = (
 )
 BASELINES = {"one_shot_prior": "one-shot prior", "dp_merf": "DP-MERF", "pixel_dpdm": "DPDM on pixels"}
 
-BEFORE = {
-    "sharpness": 0.0,
-    "S_noise": 1.0,
-    "latent_noise": 0.0,
-}  # what results did that were made before there was such a field
+# What results did that were made before there was such a field.
+BEFORE = {"sharpness": 0.0, "S_noise": 1.0, "latent_noise": 0.0}
 
 
 def results_of_quality() -> list[dict]:
