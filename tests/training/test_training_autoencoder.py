@@ -83,7 +83,9 @@ def test_the_noise_reaches_the_decoder():
     values = procedural_images(8, 1, 14, 14, generator=torch.Generator().manual_seed(0))[:, None]
     batch = {"values": values, "weights": torch.ones(8, 1), "noise": torch.zeros(8, 1, 49)}
     clean = reconstruction_loss(model, batch)
-    noisy = reconstruction_loss(model, batch | {"noise": 0.5 * torch.randn(8, 1, 49)})
+    noisy = reconstruction_loss(
+        model, batch | {"noise": 0.5 * torch.randn(8, 1, 49, generator=torch.Generator().manual_seed(1))}
+    )
     assert bool((noisy > clean).all())
 
 
