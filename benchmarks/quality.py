@@ -228,7 +228,7 @@ def release_and_measure(
         print(strength, guided[f"{strength:g}"]["train_on_synthetic_accuracy"], flush=True)
     print(f"accuracy {numbers.get('train_on_synthetic_accuracy.mean')}", flush=True)
     return {
-        "dataset": arguments.dataset,
+        "dataset": Path(arguments.dataset).stem,
         "preset": arguments.preset,
         "protocol": "B: small CNN, real test set, fixed epochs, mean, deviation and max over seeds",
         "tuned_on": arguments.tuned_on,
@@ -283,7 +283,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.denoiser and arguments.latent_mechanism != "dp_sgd":
         parser.error("--denoiser: the latents of this mode carry noise that the model does not tell")
-    default = f"{arguments.dataset}-eps{arguments.epsilon:g}-{arguments.preset}-{arguments.latent_mechanism}"
+    default = f"{Path(arguments.dataset).stem}-eps{arguments.epsilon:g}-{arguments.preset}-{arguments.latent_mechanism}"
     name = arguments.name or default
     path = RESULTS / f"{name}.json"
     denoiser = Path(arguments.denoiser) if arguments.denoiser else None
