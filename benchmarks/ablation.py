@@ -31,6 +31,8 @@ ARMS: dict[str, tuple[str | None, dict]] = {
     "no procedural images for the decoder": (None, {"autoencoder": {"procedural_steps": 0}}),
     "no private steps of the decoder": ("autoencoder", {}),
     "no noise for the decoder": (None, {"autoencoder": {"latent_noise": 0.0}}),
+    "no guidance of the samples": (None, {"sampling": {"guidance": 0.0}}),
+    "no sharpening of the samples": (None, {"sampling": {"sharpness": 0.0}}),
     "no teacher: classes as drawn": ("teacher", {}),
 }
 
@@ -78,11 +80,9 @@ def main() -> None:
             changes = Path(folder) / "changes.json"
             changes.write_text(json.dumps(overrides(left_out, fields, defaults)))
             own = vars(arguments) | {"config": str(changes), "drawn_labels": left_out == "teacher"}
-            own |= {"baselines": [], "guidance": []}
-            if name == "the whole method":
-                own |= {"baselines": ["one_shot_prior"], "guidance": [6.0]}
+            own |= {"baselines": ["one_shot_prior"] if name == "the whole method" else []}
             found = release_and_measure(argparse.Namespace(**own), Path(folder), judge)
-        kept = ("epsilon", "measured", "baselines", "guidance", "release_minutes", "stages", "config")
+        kept = ("epsilon", "measured", "baselines", "release_minutes", "stages", "config")
         result["arms"][name] = {key: found[key] for key in kept}
         RESULT.write_text(json.dumps(result, indent=1) + "\n")
     if arguments.json:

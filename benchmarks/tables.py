@@ -165,10 +165,6 @@ def ablation_table() -> str:
     for name, arm in result["arms"].items():
         seconds = sum(stage["cpu_seconds"] for stage_name, stage in arm["stages"].items() if stage_name in MADE)
         rows.append(_ablation_row(name, arm["measured"], arm["epsilon"], f"{seconds:.0f}"))
-        rows += [
-            _ablation_row(f"nothing, sampled with guidance {g}", found, arm["epsilon"], "-")
-            for g, found in arm["guidance"].items()
-        ]
     for name, found in result["arms"]["the whole method"]["baselines"].items():
         rows.append(
             _ablation_row(

@@ -85,9 +85,9 @@ def _quick(num_records: int) -> dict[str, Any]:
             "sigma_max": 2.5,
             "eta": 3.0,
             "S_noise": 1.0,
-            "guidance": 0.0,
+            "guidance": 8.0,
             "guided_below": 2.0,
-            "sharpness": 0.0,
+            "sharpness": 0.4,
             "sharpened_below": 0.6,
             "num_shards": 2,
         },
@@ -124,8 +124,7 @@ def _cpu(num_records: int) -> dict[str, Any]:
             4096, num_records, num_steps=100, max_grad_norm=0.5, learning_rate=60.0, ema_decay=0.9, budget_share=0.15
         ),
     }
-    values["sampling"] |= {"num_samples": 60_000, "num_shards": 4}
-    values["sampling"] |= {"S_noise": 1.1, "guidance": 8.0, "sharpness": 0.4}
+    values["sampling"] |= {"num_samples": 60_000, "num_shards": 4, "S_noise": 1.1}
     values["evaluation"] = {"num_epochs": 4, "num_seeds": 3, "max_frechet_images": 10_000, "metrics_share": 0.01}
     return values
 

@@ -112,10 +112,10 @@ def test_a_built_in_set_may_be_released_again_with_fresh_noise_and_sampled_again
     assert np.array_equal(images[0], images[1]) and not np.array_equal(images[0], images[2])
     assert not np.array_equal(images[0], images[3]), "guided"
     of_guided = [
-        resample_pipeline(bundle=again[3].bundle, num_samples=20, seed=5, **g) for g in ({}, {"guidance": 0.0})
+        resample_pipeline(bundle=again[3].bundle, num_samples=20, seed=5, **g) for g in ({}, {"guidance": 8.0})
     ]
-    own, none = (read_synthetic(machine / "releases" / r.release_id)[0] for r in of_guided)
-    assert np.array_equal(own, images[3]) and np.array_equal(none, images[0]), "its own guidance, or none"
+    own, first_again = (read_synthetic(machine / "releases" / r.release_id)[0] for r in of_guided)
+    assert np.array_equal(own, images[3]) and np.array_equal(first_again, images[0]), "its own guidance, or the preset's"
     found = verify_bundle(machine / "releases" / again[0].release_id)
     assert found.report.parent_release_id == first.release_id
     assert (again[0].epsilon, again[0].delta) == (first.epsilon, first.delta)
