@@ -115,7 +115,7 @@ def test_a_built_in_set_may_be_released_again_with_fresh_noise_and_sampled_again
         resample_pipeline(bundle=again[3].bundle, num_samples=20, seed=5, **g) for g in ({}, {"guidance": 8.0})
     ]
     own, first_again = (read_synthetic(machine / "releases" / r.release_id)[0] for r in of_guided)
-    assert np.array_equal(own, images[3]) and np.array_equal(first_again, images[0]), "its own guidance, or the preset's"
+    assert np.array_equal(own, images[3]) and np.array_equal(first_again, images[0]), "its own, or the preset's"
     found = verify_bundle(machine / "releases" / again[0].release_id)
     assert found.report.parent_release_id == first.release_id
     assert (again[0].epsilon, again[0].delta) == (first.epsilon, first.delta)
