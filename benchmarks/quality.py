@@ -89,7 +89,7 @@ def train_models(
     keys = {m.stage: SecretKey.generate() for m in plan.mechanisms}
     run = stages.Run(folder)
     with clock.stage("train_autoencoder"):
-        autoencoder, decoder, _ = stages.train_codec(train, config, plan, keys["train_autoencoder"], run)
+        autoencoder, decoder, _ = stages.train_codec(train, config, plan, keys.__getitem__, run)
     if kept is not None:
         denoiser, noise_std = Path(shutil.copy(kept, folder / "denoiser.safetensors")), 0.0
     else:

@@ -25,7 +25,9 @@ class DpSgdConfig(_Frozen):
     max_grad_norm: float = Field(gt=0, description="per-unit L2 clip norm")
     learning_rate: float = Field(gt=0, description="of the stage's optimizer")
     ema_decay: float = Field(ge=0, lt=1, description="of the average over steps")
-    budget_share: float = Field(gt=0, le=1, description="share of the squared Gaussian-DP budget; all shares sum to 1")
+    budget_share: float = Field(
+        ge=0, le=1, description="share of the squared Gaussian-DP budget; all shares sum to 1; 0: no private steps"
+    )
 
 
 class AutoencoderConfig(_Frozen):
@@ -67,6 +69,12 @@ class TeacherConfig(_Frozen):
 
     num_synthetic: int = Field(ge=2, description="synthetic images that its features are learnt from; free")
     num_epochs: int = Field(ge=1, description="epochs on them")
+    deformation: float = Field(
+        ge=0, le=3, description="how much they are turned, scaled and moved, anew each epoch; 1: about 8 degrees"
+    )
+    num_views: int = Field(
+        ge=1, le=9, description="positions of an image, at most a 28th of a side apart, that name it together"
+    )
     num_features: int = Field(ge=1, description="principal directions of its features that are kept")
     ridge: float = Field(gt=0, description="added to the variance of a direction, in units of their mean")
     expected_batch_size: int = Field(ge=1, description="public; divides the summed gradient")

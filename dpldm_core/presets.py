@@ -21,6 +21,7 @@ from dpldm_core.errors import ConfigError, unknown_name
 REFERENCE_RECORDS = 4_000
 MECHANISMS = ("dp_sgd", "noised_latents")
 _MOST = 0.5  # largest sample rate
+_TEACHABLE = 20_000.0  # records times epsilon; with less, a teacher names worse than the prior draws (decision 18)
 
 
 def _dp_sgd(batch: int, num_records: int, **values: float) -> dict[str, Any]:
@@ -70,6 +71,8 @@ def _quick(num_records: int) -> dict[str, Any]:
         "teacher": {
             "num_synthetic": 10_000,
             "num_epochs": 3,
+            "deformation": 0.0,
+            "num_views": 1,
             "num_features": 256,
             "ridge": 1.0,
             "expected_batch_size": _batch(2048, num_records),
@@ -101,6 +104,13 @@ def _quick(num_records: int) -> dict[str, Any]:
     }
 
 
+def _leave_out_teacher(values: dict[str, Any]) -> None:
+    """Classes stay as drawn; the teacher's share, and a third of the denoiser's, go to the prior."""
+    values["prior"]["budget_share"] = 0.75
+    values["diffusion"]["dp_sgd"]["budget_share"] = 0.2
+    values["teacher"]["dp_sgd"]["budget_share"] = 0.0
+
+
 def _cpu(num_records: int) -> dict[str, Any]:
     """60,000 images in half an hour on two cores."""
     values = _quick(num_records)
@@ -119,9 +129,12 @@ def _cpu(num_records: int) -> dict[str, Any]:
     }
     values["teacher"] |= {
         "num_synthetic": 20_000,
+        "num_epochs": 9,
+        "deformation": 1.0,
+        "num_views": 5,
         "expected_batch_size": _batch(4096, num_records),
         "dp_sgd": _dp_sgd(
-            4096, num_records, num_steps=100, max_grad_norm=0.5, learning_rate=60.0, ema_decay=0.9, budget_share=0.15
+            4096, num_records, num_steps=100, max_grad_norm=0.5, learning_rate=30.0, ema_decay=0.9, budget_share=0.15
         ),
     }
     values["sampling"] |= {"num_samples": 60_000, "num_shards": 4, "S_noise": 1.1}
@@ -212,9 +225,13 @@ def resolve_config(
     if latent_mechanism not in MECHANISMS:
         raise unknown_name("latent_mechanism", latent_mechanism, MECHANISMS)
     num_records = overrides.get("num_records") or public_num_records
+    assumed = REFERENCE_RECORDS
     if isinstance(num_records, int) and num_records > 0:
         check_delta(delta, num_records)
-    values = PRESETS[preset](num_records if isinstance(num_records, int) and num_records > 0 else REFERENCE_RECORDS)
+        assumed = num_records
+    values = PRESETS[preset](assumed)
+    if preset != "smoke" and assumed * epsilon < _TEACHABLE:
+        _leave_out_teacher(values)
     if latent_mechanism == "noised_latents":  # noise grows with the latent's norm: keep few coordinates
         values["autoencoder"]["frequencies"] = min(6, values["autoencoder"]["frequencies"])
     values |= {

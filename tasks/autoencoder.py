@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from flytekit.types.file import FlyteFile
 
 from tasks._resources import GPU_TASK, begin_stage, checkpoint, dpldm_task, work_folder
 from tasks.artifacts import PUBLIC, Codec, HashedCodec, PrivateData, Release
 
+if TYPE_CHECKING:
+    from dpldm_core.rng import SecretKey
+
 
 @dpldm_task(**GPU_TASK)
 def train_autoencoder(release: Release, data: PrivateData) -> HashedCodec:
-    """Pretrain the autoencoder on procedural images, then train it on the private ones with DP-SGD."""
+    """Pretrain the autoencoder on procedural images, then train it on the private ones with DP-SGD (if planned)."""
     from dpldm_core.privacy.calibration import AUTOENCODER
     from dpldm_core.privacy.plan import ReleasePlan
     from dpldm_core.training.stages import Run, binding_of, train_codec
@@ -19,13 +24,18 @@ def train_autoencoder(release: Release, data: PrivateData) -> HashedCodec:
     plan = ReleasePlan.model_validate_json(release.plan)
     with _tracking.child_run(release.run_id, AUTOENCODER) as run:
         train = data.train.download()
-        key = begin_stage(release.entry_id, release.plan, AUTOENCODER, train)
         resume, save = checkpoint(AUTOENCODER)
         attempt = Run(work_folder(AUTOENCODER), binding_of(train, release.plan), resume, save)
-        autoencoder, decoder, curve = train_codec(train, release.release_config(), plan, key, attempt)
-        run.stage(plan, [AUTOENCODER])
+        paid: list[str] = []
+
+        def key_of(stage: str) -> SecretKey:
+            paid.append(stage)
+            return begin_stage(release.entry_id, release.plan, stage, train)
+
+        autoencoder, decoder, curve = train_codec(train, release.release_config(), plan, key_of, attempt)
+        run.stage(plan, paid)
         run.private_input(release.account)
         run.curve("procedural_loss", curve)
         files = FlyteFile(str(autoencoder)), FlyteFile(str(decoder))
-        events = release.events_of([AUTOENCODER])
+        events = release.events_of(paid)
         return Codec(autoencoder=files[0], decoder=files[1], run_id=run.run_id, events=events, visibility=PUBLIC)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dpldm_task(**GPU_TASK)
 def train_diffusion(release: Release, latents: Latents) -> HashedDiffusionModel:
-    """Release the Gaussian prior of the latents, then train the denoiser on top of it with DP-SGD."""
+    """Release the Gaussian prior of the latents, then train the denoiser on top of it with DP-SGD (if planned)."""
     from dpldm_core.data.schema import ImageSchema
     from dpldm_core.privacy.plan import ReleasePlan
     from dpldm_core.training import stages

@@ -46,6 +46,22 @@ def test_the_rate_follows_from_the_declared_number_of_records():
     assert resolve(public_num_records=200).diffusion.dp_sgd.sample_rate == 0.5
 
 
+@pytest.mark.parametrize("preset", ["quick", "cpu", "gpu"])
+def test_few_records_or_little_epsilon_leave_the_teacher_out(preset):
+    """From public facts alone: the declared or well-known number of records, and the asked epsilon."""
+    for records, epsilon, taught in (
+        (60_000, 1.0, True),
+        (5_000, 10.0, True),
+        (1_000, 10.0, False),
+        (5_000, 1.0, False),
+    ):
+        config = resolve(preset=preset, public_num_records=records, epsilon=epsilon)
+        plan = plan_release(config, num_classes=10, latent_dim=196, grouped=False)
+        assert ("train_teacher" in plan.stages()) == taught
+    undeclared = [resolve(preset=preset, public_num_records=None, epsilon=e) for e in (1.0, 10.0)]
+    assert [c.teacher.dp_sgd.budget_share > 0 for c in undeclared] == [False, True], "4,000 records are assumed"
+
+
 def test_overrides_change_single_fields_only():
     config, plain = resolve(overrides={"diffusion": {"dp_sgd": {"num_steps": 7}}, "seed": 3}), resolve()
     assert (config.diffusion.dp_sgd.num_steps, config.seed) == (7, 3)

@@ -10,6 +10,8 @@ from dpldm_core.models.classifier import SmallCnn, device, to_pixels
 
 _BATCH_SIZE = 500
 _SCALE_FLOOR = 0.1  # of the largest standard deviation, added to every feature's own
+_SIDE = 28  # pixels for each one that a view is moved by
+_MOVES = ((0, 0), (-1, 0), (1, 0), (0, -1), (0, 1), (-1, -1), (-1, 1), (1, -1), (1, 1))
 _CONSTANT = 0.2  # of a typical feature vector's norm: the input of the bias
 
 
@@ -73,9 +75,21 @@ class LabelTeacher(nn.Module):
         return nn.functional.normalize(found, dim=1)
 
     @torch.no_grad()
-    def classify(self, images: np.ndarray) -> np.ndarray:
-        """Class labels, int64 [n], of uint8 images [n, h, w, c]."""
-        return self.head(self.features(images)).argmax(1).cpu().numpy()
+    def classify(self, images: np.ndarray, *, num_views: int = 1) -> np.ndarray:
+        """Class labels, int64 [n].
+
+        Args:
+            images: uint8 [n, h, w, c].
+            num_views: 1, or up to 9: the image as it is and moved to its sides and corners; what they say is averaged.
+        """
+        step = round(images.shape[1] / _SIDE), round(images.shape[2] / _SIDE)
+        padded = np.pad(images, [(0, 0), *((s, s) for s in step), (0, 0)], mode="edge")
+        votes = torch.zeros(())
+        for down, right in _MOVES[:num_views]:
+            top, left = (step[0] * (1 + down), step[1] * (1 + right))
+            moved = padded[:, top : top + images.shape[1], left : left + images.shape[2]]
+            votes = votes + self.head(self.features(moved)).softmax(1).cpu()
+        return votes.argmax(1).numpy()
 
     def _hidden(self, images: np.ndarray) -> Tensor:
         where = device()

@@ -58,6 +58,7 @@ def plan_release(config: ReleaseConfig, *, num_classes: int, latent_dim: int, gr
         if num_classes == 1:  # nothing to teach: its share goes to the others
             *mechanisms, (_, unused) = mechanisms
             mechanisms = [(mechanism, share / (1.0 - unused)) for mechanism, share in mechanisms]
+        mechanisms = [(mechanism, share) for mechanism, share in mechanisms if share > 0]
     else:
         shares = config.noised_latents
         label_share = shares.label_share if num_classes > 1 else 0.0

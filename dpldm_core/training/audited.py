@@ -191,8 +191,7 @@ def audit_stages(
     """
     run = stages.Run(folder, train=audit.train)
     keys = {m.stage: key.derive(m.stage) for m in plan.mechanisms}
-    first = plan.mechanisms[0].stage
-    autoencoder, decoder, _ = stages.train_codec(train, config, plan, keys[first], run)
+    autoencoder, decoder, _ = stages.train_codec(train, config, plan, keys.__getitem__, run)
     latents, noise_std = stages.extract_latents(train, autoencoder, config, plan, keys.__getitem__, run)
     denoiser, _ = stages.train_diffusion(latents, noise_std, config, schema, plan, keys.__getitem__, run)
     if TEACHER in plan.stages():

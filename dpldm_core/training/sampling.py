@@ -95,7 +95,7 @@ def sample_images(
         return drawn, np.concatenate(labels)
     judge = new_teacher(config, schema)
     load_model(judge, teacher)
-    return drawn, judge.classify(drawn)
+    return drawn, judge.classify(drawn, num_views=config.teacher.num_views)
 
 
 def shard_indices(num_samples: int, shard: int, num_shards: int) -> range:

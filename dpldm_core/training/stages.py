@@ -79,15 +79,15 @@ def binding_of(data: str | Path, plan_json: str) -> str:
 
 
 def train_codec(
-    train: Path, config: ReleaseConfig, plan: ReleasePlan, key: SecretKey, run: Run
+    train: Path, config: ReleaseConfig, plan: ReleasePlan, key_of: StageKey, run: Run
 ) -> tuple[Path, Path, list[float]]:
-    """Stage 1.
+    """Stage 1: procedural images, then private ones with DP-SGD where the plan has it.
 
     Args:
         train: Private training records.
         config: The resolved configuration.
         plan: The release's plan.
-        key: Secret key of the stage.
+        key_of: Secret key of a stage; asked for before the mechanism of that stage runs.
         run: Folder, checkpoint and callbacks.
 
     Returns:
@@ -95,16 +95,18 @@ def train_codec(
         procedural images.
     """
     settle_on_cpu()
+    key = key_of(AUTOENCODER) if AUTOENCODER in plan.stages() else None
     records = read_records(train)
     model = new_autoencoder(config, records.schema)
     curve = pretrain_autoencoder(model, config.autoencoder, seed=config.seed)
-    units = _units(records, to_tensor(records.images), config).to(run.device)
-    mechanism = plan.mechanism(AUTOENCODER)
-    loop = run.loop(config, records.schema.num_classes)
-    trained = train_autoencoder(model.to(run.device), units, mechanism, key, config.autoencoder, **loop)  # type: ignore[arg-type]
+    if key is not None:
+        units = _units(records, to_tensor(records.images), config).to(run.device)
+        mechanism = plan.mechanism(AUTOENCODER)
+        loop = run.loop(config, records.schema.num_classes)
+        model = train_autoencoder(model.to(run.device), units, mechanism, key, config.autoencoder, **loop)  # type: ignore[arg-type]
     paths = run.folder / "autoencoder.safetensors", run.folder / "decoder.safetensors"
-    save_model(trained, paths[0])
-    save_model(trained.decoder, paths[1])
+    save_model(model, paths[0])
+    save_model(model.decoder, paths[1])
     return *paths, curve
 
 
@@ -197,9 +199,11 @@ def train_diffusion(
         model.cpu()
         white = whitening(encoder.transform.latent_shape)
         release_prior(model.prior, units, prior_plan, key_of(PRIOR), config.prior, white)
-        loop = run.loop(config, schema.num_classes)
-        mechanism, key = plan.mechanism(DIFFUSION), key_of(DIFFUSION)
-        trained = train_denoiser(model.to(run.device), units.to(run.device), mechanism, key, config.diffusion, **loop)  # type: ignore[arg-type]
+        trained = model.to(run.device)
+        if DIFFUSION in plan.stages():
+            loop = run.loop(config, schema.num_classes)
+            mechanism, key = plan.mechanism(DIFFUSION), key_of(DIFFUSION)
+            trained = train_denoiser(trained, units.to(run.device), mechanism, key, config.diffusion, **loop)  # type: ignore[arg-type]
     save_model(trained, path)
     return path, curve
 

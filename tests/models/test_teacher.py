@@ -54,3 +54,20 @@ def test_fewer_hidden_units_than_features_keep_them_all():
     hidden = SmallCnn(shape, 2).num_hidden
     assert teacher.head.weight.shape == (2, hidden + 1)
     assert teacher.features(np.zeros((3, *shape), np.uint8)).shape == (3, hidden + 1)
+
+
+def test_views_of_an_image_name_it_together(fitted):
+    """As the average of what the teacher says of each by itself; a small image has no room to move in."""
+    small, _, tiny = fitted
+    images = tiny.repeat(4, axis=1).repeat(4, axis=2)
+    teacher = LabelTeacher(images.shape[1:], 3, num_features=20, ridge=1.0)
+    teacher.head.weight.data.normal_(generator=torch.Generator().manual_seed(0))
+    wide = np.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="edge")
+    side = images.shape[1]
+    views = [wide[:, y : y + side, x : x + side] for y, x in ((1, 1), (0, 1), (2, 1), (1, 0), (1, 2))]
+    votes = sum(teacher.head(teacher.features(view)).softmax(1) for view in views).detach()
+    assert np.array_equal(teacher.classify(images, num_views=5), votes.argmax(1).numpy())
+    alone = teacher.classify(images)
+    assert np.array_equal(alone, teacher.head(teacher.features(images)).argmax(1).numpy())
+    assert not np.array_equal(alone, votes.argmax(1).numpy())
+    assert np.array_equal(small.classify(tiny, num_views=5), small.classify(tiny))

@@ -155,6 +155,18 @@ def test_without_labels_there_is_no_teacher_and_its_share_goes_to_the_others():
     )
 
 
+@pytest.mark.parametrize("left_out", ["autoencoder", "diffusion", "teacher"])
+def test_a_stage_with_share_0_is_not_in_the_bill_and_the_rest_gets_all(left_out):
+    shares = {"autoencoder": 0.1, "prior": 0.5, "diffusion": 0.2, "teacher": 0.2}
+    shares = shares | {left_out: 0.0, "prior": 0.5 + shares[left_out]}
+    overrides = {name: {"dp_sgd": {"budget_share": share}} for name, share in shares.items()}
+    overrides["prior"] = {"budget_share": shares["prior"]}
+    plan = plan_release(config(**overrides), num_classes=10, latent_dim=16, grouped=False)
+    everything = ["train_autoencoder", "latent_prior", "train_diffusion", "train_teacher"]
+    assert plan.stages() == [stage for stage in everything if stage != f"train_{left_out}"]
+    assert 0.998 * 3 <= plan.epsilon() <= 3
+
+
 def test_a_release_bills_every_stage_that_reads_private_data():
     plan = plan_release(config(), num_classes=10, latent_dim=16, grouped=False)
     assert [(m.stage, type(m)) for m in plan.mechanisms] == [

@@ -148,7 +148,7 @@ def test_a_person_is_one_unit_in_both_stages(config, tmp_path, monkeypatch):
     release = ReleasePlan(
         mechanisms=(plan("train_autoencoder"),), delta=1e-5, relation="ADD_OR_REMOVE_ONE", unit_of_privacy="one person"
     )
-    autoencoder, _, _ = stages.train_codec(train, config, release, KEY, run)
+    autoencoder, _, _ = stages.train_codec(train, config, release, lambda s: KEY, run)
     latents, _ = stages.extract_latents(train, autoencoder, config, release, lambda s: KEY, run)
     table = stages.load_file(latents)["table"]
     assert counted == [8, 8]

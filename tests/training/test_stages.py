@@ -1,5 +1,6 @@
 """Stages as functions from files to files, and the sampler's independence of how it is called."""
 
+import dataclasses
 from unittest import mock
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dpldm_core.data.ingest import ingest_dataset
+from dpldm_core.data.schema import write_records
 from dpldm_core.models.classifier import train_classifier
 from dpldm_core.presets import resolve_config
 from dpldm_core.privacy.calibration import plan_release
@@ -54,7 +56,7 @@ def trained(tmp_path_factory):
     schema = stages.read_records(train).schema
     plan = plan_release(config, num_classes=3, latent_dim=16, grouped=False)
     run = stages.Run(folder)
-    autoencoder, decoder, curve = stages.train_codec(train, config, plan, KEYS["train_autoencoder"], run)
+    autoencoder, decoder, curve = stages.train_codec(train, config, plan, KEYS.__getitem__, run)
     latents, noise_std = stages.extract_latents(train, autoencoder, config, plan, KEYS.__getitem__, run)
     denoiser, denoiser_curve = stages.train_diffusion(latents, noise_std, config, schema, plan, KEYS.__getitem__, run)
     teacher = stages.train_teacher(train, autoencoder, decoder, denoiser, config, plan, KEYS["train_teacher"], run)
@@ -155,6 +157,32 @@ def test_the_teacher_learns_its_features_from_other_samples_than_are_published(t
         assert torch.allclose(stored[f"network.{name}"].float(), value.float(), atol=1e-4), name
 
 
+def test_stages_that_the_plan_leaves_out_learn_from_procedural_images_alone(trained, tmp_path):
+    """Whatever the private images are: the decoder, and the denoiser around the prior, are those of the public seed."""
+    config, schema = trained["config"], trained["schema"]
+    whole = plan_release(config, num_classes=3, latent_dim=16, grouped=False)
+    alone = whole.model_copy(update={"mechanisms": (whole.mechanism("latent_prior"),)})
+    other = tmp_path / "other"
+    records = stages.read_records(trained["train"])
+    write_records(other, dataclasses.replace(records, images=255 - records.images))
+    files = {}
+    for name, train in (("own", trained["train"]), ("other", other)):
+        asked = []
+        folder = tmp_path / f"run-{name}"
+        folder.mkdir()
+        run = stages.Run(folder)
+        key_of = lambda stage, asked=asked: asked.append(stage) or KEYS[stage]  # noqa: E731
+        autoencoder, decoder, _ = stages.train_codec(train, config, alone, key_of, run)
+        assert asked == []
+        latents, noise_std = stages.extract_latents(train, autoencoder, config, alone, key_of, run)
+        denoiser, _ = stages.train_diffusion(latents, noise_std, config, schema, alone, key_of, run)
+        assert asked == ["latent_prior"]
+        files[name] = load_file(decoder) | load_file(denoiser)
+    same = {name for name, value in files["own"].items() if torch.equal(value, files["other"][name])}
+    priors = {name for name in files["own"] if name.startswith("prior.")}
+    assert set(files["own"]) - same <= priors and not priors <= same
+
+
 def test_pixels_round_trip():
     images = np.arange(256, dtype=np.uint8).reshape(4, 8, 8, 1)
     assert np.array_equal(building.to_uint8(building.to_tensor(images)), images)
@@ -173,7 +201,7 @@ def test_equal_keys_and_data_give_equal_models_and_a_changed_plan_or_file_anothe
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         run = stages.Run(tmp_path / name)
-        files.append(stages.train_codec(trained["train"], config, plan, KEYS["train_autoencoder"], run)[1])
+        files.append(stages.train_codec(trained["train"], config, plan, KEYS.__getitem__, run)[1])
     assert files[0].read_bytes() == files[1].read_bytes()
     plans = [plan.model_dump_json(), plan.model_copy(update={"delta": 1e-6}).model_dump_json()]
     assert len({stages.binding_of(f, p) for f in (trained["train"], files[0]) for p in plans}) == 4
