@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from dpldm_core.config import TeacherConfig
 from dpldm_core.models.classifier import train_classifier
@@ -20,14 +18,6 @@ from dpldm_core.training.private import TrainLoop, train_private
 from dpldm_core.training.units import Units
 
 MOMENTUM = 0.9
-_TURN, _SCALE, _SHEAR, _SHIFT = (
-    math.radians(8),
-    0.08,
-    0.08,
-    1 / 14,
-)  # most at deformation 1; a shift of 1 is half a side
-_CHUNK = 5_000
-_MOST_FITTED = 20_000  # images that the principal directions are those of
 
 
 def build_teacher(config: TeacherConfig, image_shape: tuple[int, int, int], num_classes: int) -> LabelTeacher:
@@ -48,43 +38,15 @@ def learn_features(
         config: Epochs, and how much each deforms the images.
         seed: Public.
     """
-    views = np.concatenate(
-        [deform(images, config.deformation, seed=seed + epoch) for epoch in range(config.num_epochs)]
+    network = train_classifier(
+        images,
+        labels,
+        num_classes=teacher.head.out_features,
+        num_epochs=config.num_epochs,
+        seed=seed,
+        deformation=config.deformation,
     )
-    labels = np.tile(labels, config.num_epochs)
-    network = train_classifier(views, labels, num_classes=teacher.head.out_features, num_epochs=1, seed=seed)
-    teacher.fit_features(network, images[:_MOST_FITTED])
-
-
-def deform(images: np.ndarray, deformation: float, *, seed: int) -> np.ndarray:
-    """Each image turned, scaled, sheared and moved a little, at random: what moves a real one within its class.
-
-    Args:
-        images: Synthetic, uint8 [n, h, w, c].
-        deformation: At most about 8 degrees, 8 % and a 28th of a side times this; 0 leaves the images as they are.
-        seed: Public.
-
-    Returns:
-        As many images, same shape and type.
-    """
-    if deformation == 0:
-        return images
-    generator = torch.Generator().manual_seed(seed)
-    uniform = (torch.rand(6, len(images), generator=generator) * 2 - 1) * deformation
-    turn, wide, high, shear, right, down = (
-        uniform * torch.tensor([_TURN, _SCALE, _SCALE, _SHEAR, _SHIFT, _SHIFT])[:, None]
-    )
-    cos, sin = turn.cos(), turn.sin()
-    rows = [cos * (1 + wide), shear - sin * (1 + high), right], [sin * (1 + wide), cos * (1 + high), down]
-    maps = torch.stack([torch.stack(row, dim=1) for row in rows], dim=1)
-    found = np.empty_like(images)
-    for start in range(0, len(images), _CHUNK):
-        part = slice(start, start + _CHUNK)
-        pixels = torch.from_numpy(images[part]).permute(0, 3, 1, 2).float()
-        grid = functional.affine_grid(maps[part], list(pixels.shape), align_corners=False)
-        moved = functional.grid_sample(pixels, grid, mode="bicubic", padding_mode="border", align_corners=False)
-        found[part] = moved.clamp(0, 255).round().byte().permute(0, 2, 3, 1).numpy()
-    return found
+    teacher.fit_features(network, images)
 
 
 def teacher_loss(model: nn.Module, batch: Batch) -> Tensor:

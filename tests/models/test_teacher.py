@@ -59,8 +59,9 @@ def test_fewer_hidden_units_than_features_keep_them_all():
 def test_views_of_an_image_name_it_together(fitted):
     """As the average of what the teacher says of each by itself; a small image has no room to move in."""
     small, _, tiny = fitted
-    images = tiny.repeat(4, axis=1).repeat(4, axis=2)
+    images = np.random.default_rng(0).integers(0, 256, (200, 32, 32, 1), dtype=np.uint8)
     teacher = LabelTeacher(images.shape[1:], 3, num_features=20, ridge=1.0)
+    teacher.fit_features(teacher.network, images)
     teacher.head.weight.data.normal_(generator=torch.Generator().manual_seed(0))
     wide = np.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="edge")
     side = images.shape[1]
