@@ -20,7 +20,6 @@ from dpldm_core.presets import resolve_config
 from dpldm_core.release.measuring import FIRST_SEED
 
 RESULT = Path(__file__).parent / "results" / "ablation.json"
-_NOTHING = 1e-3  # budget share of a private part that takes a single step: next to none
 SHARES = {"autoencoder": ("dp_sgd",), "prior": (), "diffusion": ("dp_sgd",), "teacher": ("dp_sgd",)}
 
 # What each arm leaves out: the section whose private steps go, or single fields.
@@ -45,10 +44,7 @@ def overrides(left_out: str | None, fields: dict, defaults: dict) -> dict:
     for section, path in SHARES.items():
         block = defaults[section][path[0]] if path else defaults[section]
         own = defaults[left_out]["dp_sgd"]["budget_share"]
-        scale = (1 - _NOTHING) / (1 - own)
-        changed = {"budget_share": block["budget_share"] * scale}
-        if section == left_out:
-            changed = {"budget_share": _NOTHING, "num_steps": 1}
+        changed = {"budget_share": 0.0 if section == left_out else block["budget_share"] / (1 - own)}
         found[section] = {path[0]: changed} if path else changed
     return found
 
@@ -59,8 +55,8 @@ def main() -> None:
     add_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print the result last")
     arguments = parser.parse_args()
-    if arguments.config or arguments.drawn_labels:
-        parser.error("--config and --drawn-labels are set by the arms")
+    if arguments.config:
+        parser.error("--config is set by the arms")
     defaults = resolve_config(
         dataset=arguments.dataset,
         epsilon=arguments.epsilon,
@@ -79,7 +75,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             changes = Path(folder) / "changes.json"
             changes.write_text(json.dumps(overrides(left_out, fields, defaults)))
-            own = vars(arguments) | {"config": str(changes), "drawn_labels": left_out == "teacher"}
+            own = vars(arguments) | {"config": str(changes)}
             own |= {"baselines": ["one_shot_prior"] if name == "the whole method" else []}
             found = release_and_measure(argparse.Namespace(**own), Path(folder), judge)
         kept = ("epsilon", "measured", "baselines", "release_minutes", "stages", "config")

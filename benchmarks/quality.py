@@ -70,7 +70,7 @@ def minutes_of(measured: dict[str, dict[str, float]]) -> float:
 
 
 def train_models(
-    train: Path, decision: Decision, folder: Path, clock: Clock, *, teacher: bool, kept: Path | None
+    train: Path, decision: Decision, folder: Path, clock: Clock, *, kept: Path | None
 ) -> tuple[dict[str, Path], float]:
     """The stages that spend, on private records.
 
@@ -79,7 +79,6 @@ def train_models(
         decision: Configuration, plan and schema.
         folder: Where the models are written.
         clock: Measures each stage.
-        teacher: Whether a teacher names the classes.
         kept: Denoiser of an earlier run; None: it is trained. The encoder has no weights, so no other stage moves it.
 
     Returns:
@@ -100,7 +99,7 @@ def train_models(
             denoiser, _ = stages.train_diffusion(*files, plan, keys.__getitem__, run)
     models = {"decoder": decoder, "denoiser": denoiser}
     with clock.stage("train_teacher"):
-        if TEACHER in plan.stages() and teacher:
+        if TEACHER in plan.stages():
             files = train, autoencoder, decoder, denoiser
             models["teacher"] = stages.train_teacher(*files, config, plan, keys[TEACHER], run)
     return models, noise_std
@@ -168,8 +167,7 @@ def release_and_measure(
             num_classes=config.num_classes,
             split_by=by,
         )
-    teacher = not arguments.drawn_labels
-    models, noise_std = train_models(train, decision, folder, clock, teacher=teacher, kept=kept)
+    models, noise_std = train_models(train, decision, folder, clock, kept=kept)
     with clock.stage("sample"):
         part = write_shard(folder, 0, config, schema.model_dump_json(), noise_std=noise_std, num_shards=1, **models)
     with clock.stage("publish"):
@@ -268,7 +266,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--guidance", nargs="*", type=float, default=[], help="strengths that the same release is sampled with again"
     )
     parser.add_argument("--picture", default="", help="where to write samples.png")
-    parser.add_argument("--drawn-labels", action="store_true", help="classes as drawn: no teacher")
 
 
 def main() -> None:
