@@ -30,7 +30,7 @@ MADE = (
 BASELINES = {"one_shot_prior": "one-shot prior", "dp_merf": "DP-MERF", "pixel_dpdm": "DPDM on pixels"}
 
 # What results did that were made before there was such a field.
-BEFORE = {"sharpness": 0.0, "S_noise": 1.0, "latent_noise": 0.0}
+BEFORE = {"sharpness": 0.0, "S_noise": 1.0, "latent_noise": 0.0, "deformation": 0.0, "num_views": 1}
 
 
 def results_of_quality() -> list[dict]:
@@ -90,7 +90,7 @@ def _quality_row(result: dict) -> str:
     measured = result["measured"]
     accuracy, ceiling = measured["train_on_synthetic_accuracy"], measured["ceiling_accuracy"]
     metric = next(name for name in ("fid", "fd_inception768", "fd_real_classifier") if name in measured)
-    frechet, machine = measured[metric], result["machine"]
+    frechet = measured[metric]
     deviation = f"{100 * accuracy['std']:.1f}" if accuracy["std"] is not None else "-"
     others = [
         f"{BASELINES[name]} {100 * found['train_on_synthetic_accuracy']['mean']:.1f}, {found[metric]['distance']:.3g}"
@@ -107,9 +107,18 @@ def _quality_row(result: dict) -> str:
         f"{frechet['distance']:.3g} / {frechet['floor']:.3g} ({metric}, n={frechet['num_images']:,})",
         "; ".join(others) or "-",
         f"{result['release_minutes']:.1f}",
-        machine["gpu"] or f"{machine['cores']} cores, {machine['processor']}",
+        _machine_of(result),
     )
     return "| " + " | ".join(cells) + " |"
+
+
+def _machine_of(result: dict) -> str:
+    """Where the release was made, and the denoiser if it was another run's."""
+    here, there = result["machine"], result.get("trained_by", result["machine"])
+    if here["gpu"]:
+        return here["gpu"]
+    cores = f"{here['cores']} cores" + (f" ({there['cores']} for stage 2)" if there["cores"] != here["cores"] else "")
+    return f"{cores}, {here['processor']}"
 
 
 def guidance_table() -> str:
