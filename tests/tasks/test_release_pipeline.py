@@ -264,7 +264,8 @@ def test_unreachable_stores_are_named(machine, small_mnist, ledger, monkeypatch)
 
 
 @pytest.mark.parametrize(
-    ("broken", "state"), [("train_codec", "failed"), ("sample_images", "failed"), ("ingest_dataset", "cancelled")]
+    ("broken", "state"),
+    [("pretrain_autoencoder", "failed"), ("sample_images", "failed"), ("ingest_dataset", "cancelled")],
 )
 def test_a_stage_that_fails_leaves_the_books_truthful(machine, small_mnist, ledger, monkeypatch, broken, state):
     import dpldm_core.data.ingest
