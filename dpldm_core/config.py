@@ -73,7 +73,9 @@ class TeacherConfig(_Frozen):
         ge=0, le=3, description="how much they are turned, scaled and moved, anew each epoch; 1: about 8 degrees"
     )
     num_views: int = Field(
-        ge=1, le=9, description="positions of an image, at most a 28th of a side apart, that name it together"
+        ge=1,
+        le=9,
+        description="positions, a 28th of a side apart, that name an image together where it is not clear as it is",
     )
     num_features: int = Field(ge=1, description="principal directions of its features that are kept")
     ridge: float = Field(gt=0, description="added to the variance of a direction, in units of their mean")

@@ -11,9 +11,15 @@ import contextlib
 import ctypes
 import os
 import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 _LARGEST_BLOCK = 2**25  # bytes; the most that glibc takes for the second
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 def settle_on_cpu() -> int:
@@ -56,3 +62,26 @@ def choose_threads() -> int:
     best = min(seconds, key=lambda threads: seconds[threads])
     torch.set_num_threads(best)
     return best
+
+
+def map_on_cores(function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
+    """Apply a function to each item, as many at a time as torch has threads, each of them on one.
+
+    Two cores are busier with two items than with the many small layers of one: four fifths of the time (measured).
+
+    Args:
+        function: Of one item, in a thread of its own: torch's modes, such as ``no_grad``, must be set within.
+        items: What it is applied to.
+
+    Returns:
+        The results, in the order of the items.
+    """
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            return list(pool.map(function, items))
+    finally:
+        torch.set_num_threads(threads)

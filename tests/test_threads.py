@@ -1,9 +1,10 @@
 import subprocess
 import sys
+import threading
 
 import pytest
 
-from dpldm_core.threads import choose_threads, settle_on_cpu
+from dpldm_core.threads import choose_threads, map_on_cores, settle_on_cpu
 
 FAULTS = """
 import resource
@@ -40,3 +41,30 @@ def test_the_number_of_threads_is_one_or_all():
         assert choose_threads() == torch.get_num_threads()
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.fixture
+def two_threads():
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield torch
+    torch.set_num_threads(before)
+
+
+def test_items_are_done_side_by_side_on_a_thread_each_and_come_back_in_order(two_threads):
+    both = threading.Barrier(2, timeout=30)  # nobody passes alone
+
+    def work(item):
+        both.wait()
+        return item, two_threads.get_num_threads()
+
+    assert map_on_cores(work, range(4)) == [(item, 1) for item in range(4)]
+    assert two_threads.get_num_threads() == 2
+
+
+def test_a_failure_of_one_item_is_raised_and_the_threads_come_back(two_threads):
+    with pytest.raises(ZeroDivisionError):
+        map_on_cores(lambda item: 1 // item, [1, 0])
+    assert two_threads.get_num_threads() == 2

@@ -11,7 +11,8 @@ from dpldm_core.models.classifier import SmallCnn, device, to_pixels
 _BATCH_SIZE = 500
 _SCALE_FLOOR = 0.1  # of the largest standard deviation, added to every feature's own
 _SIDE = 28  # pixels for each one that a view is moved by
-_MOVES = ((0, 0), (-1, 0), (1, 0), (0, -1), (0, 1), (-1, -1), (-1, 1), (1, -1), (1, 1))
+_MOVES = ((-1, 0), (1, 0), (0, -1), (0, 1), (-1, -1), (-1, 1), (1, -1), (1, 1))
+_CLEAR = 0.95  # probability of the likeliest class minus that of the next
 _CONSTANT = 0.2  # of a typical feature vector's norm: the input of the bias
 
 
@@ -80,16 +81,23 @@ class LabelTeacher(nn.Module):
 
         Args:
             images: uint8 [n, h, w, c].
-            num_views: 1, or up to 9: the image as it is and moved to its sides and corners; what they say is averaged.
+            num_views: 1, or up to 9: an image that is not clear by itself is moved to its sides and corners, too, and
+                what the teacher says of each is averaged.
         """
-        step = round(images.shape[1] / _SIDE), round(images.shape[2] / _SIDE)
-        padded = np.pad(images, [(0, 0), *((s, s) for s in step), (0, 0)], mode="edge")
-        votes = torch.zeros(())
-        for down, right in _MOVES[:num_views]:
-            top, left = (step[0] * (1 + down), step[1] * (1 + right))
-            moved = padded[:, top : top + images.shape[1], left : left + images.shape[2]]
-            votes = votes + self.head(self.features(moved)).softmax(1).cpu()
+        votes = self._probabilities(images)
+        if num_views > 1:
+            first, second = votes.topk(2, dim=1).values.T
+            unclear = np.flatnonzero(first - second < _CLEAR)
+            step = round(images.shape[1] / _SIDE), round(images.shape[2] / _SIDE)
+            padded = np.pad(images[unclear], [(0, 0), *((s, s) for s in step), (0, 0)], mode="edge")
+            for down, right in _MOVES[: num_views - 1]:
+                top, left = (step[0] * (1 + down), step[1] * (1 + right))
+                moved = padded[:, top : top + images.shape[1], left : left + images.shape[2]]
+                votes[unclear] += self._probabilities(moved)
         return votes.argmax(1).numpy()
+
+    def _probabilities(self, images: np.ndarray) -> Tensor:
+        return self.head(self.features(images)).softmax(1).cpu()
 
     def _hidden(self, images: np.ndarray) -> Tensor:
         where = device()

@@ -15,12 +15,11 @@ from dpldm_core.diffusion.guidance import guide, image_strengths, sharpen
 from dpldm_core.diffusion.sampler import dpm_sampler, sample_noise
 from dpldm_core.diffusion.schedule import sampling_sigmas
 from dpldm_core.models.autoencoder import unwhitening
-from dpldm_core.threads import settle_on_cpu
+from dpldm_core.threads import map_on_cores, settle_on_cpu
 from dpldm_core.training.building import new_autoencoder, new_denoiser, new_teacher, to_uint8
 from dpldm_core.training.state import load_model
 
 
-@torch.no_grad()
 def sample_images(
     decoder: Path,
     denoiser: Path,
@@ -52,7 +51,8 @@ def sample_images(
         Images uint8 [n, h, w, c] and labels int64 [n].
     """
     settle_on_cpu()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    on_gpu = torch.cuda.is_available()
+    device = "cuda" if on_gpu else "cpu"
     autoencoder, model = new_autoencoder(config, schema), new_denoiser(config, schema, noise_std)
     load_model(autoencoder.decoder, decoder)
     load_model(model, denoiser)
@@ -62,12 +62,11 @@ def sample_images(
     settings = config.sampling
     sigmas = scale * sampling_sigmas(settings.num_steps, sigma_min=settings.sigma_min, sigma_max=settings.sigma_max)
     back = unwhitening(autoencoder.encoder.transform.latent_shape).to(device)  # whitened before they were released
-    images, labels = [], []
-    for start in range(0, len(indices), batch_size):
-        chunk = list(indices[start : start + batch_size])
-        class_labels = torch.tensor(chunk) % schema.num_classes
+
+    @torch.no_grad()
+    def draw(chunk: Sequence[int]) -> np.ndarray:
+        classes = torch.tensor(chunk, device=device) % schema.num_classes
         noise = sample_noise(config.seed, chunk, num_draws=settings.num_steps + 3, dim=model.dim).to(device)
-        classes = class_labels.to(device)
         prior_draws = model.prior.sample(noise[-1], classes, noise_std**2)
         denoiser_fn = guide(
             model,
@@ -88,11 +87,12 @@ def sample_images(
         )
         if noise_std > 0:
             latents = model.prior.posterior_sample(latents, noise_std, classes, noise[-2]) @ back.T
-        images.append(to_uint8(autoencoder.decoder(latents)))
-        labels.append(class_labels.numpy())
-    drawn = np.concatenate(images)
+        return to_uint8(autoencoder.decoder(latents))
+
+    chunks = [list(indices[start : start + batch_size]) for start in range(0, len(indices), batch_size)]
+    drawn = np.concatenate([draw(chunk) for chunk in chunks] if on_gpu else map_on_cores(draw, chunks))
     if teacher is None:
-        return drawn, np.concatenate(labels)
+        return drawn, np.array(indices, dtype=np.int64) % schema.num_classes
     judge = new_teacher(config, schema)
     load_model(judge, teacher)
     return drawn, judge.classify(drawn, num_views=config.teacher.num_views)
