@@ -129,6 +129,18 @@ def test_sampling_from_a_fixed_model_with_a_fixed_seed_is_reproducible(trained):
     assert not np.array_equal(other, first)
 
 
+def test_images_do_not_depend_on_the_number_of_threads(trained):
+    before = torch.get_num_threads()
+    drawn = []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            drawn.append(draw(trained, range(60), batch_size=20)[0])
+    finally:
+        torch.set_num_threads(before)
+    assert np.array_equal(*drawn)
+
+
 def test_labels_are_uniform_whatever_the_private_proportions(trained):
     assert np.bincount(draw(trained, range(60))[1]).tolist() == [20, 20, 20]
 
