@@ -85,9 +85,9 @@ class LabelTeacher(nn.Module):
                 what the teacher says of each is averaged.
         """
         votes = self._probabilities(images)
-        if num_views > 1:
-            first, second = votes.topk(2, dim=1).values.T
-            unclear = np.flatnonzero(first - second < _CLEAR)
+        first, second = votes.topk(2, dim=1).values.T
+        unclear = np.flatnonzero(first - second < _CLEAR)
+        if num_views > 1 and len(unclear) > 0:
             step = round(images.shape[1] / _SIDE), round(images.shape[2] / _SIDE)
             padded = np.pad(images[unclear], [(0, 0), *((s, s) for s in step), (0, 0)], mode="edge")
             for down, right in _MOVES[: num_views - 1]:

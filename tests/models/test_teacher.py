@@ -73,4 +73,5 @@ def test_an_image_that_is_not_clear_is_named_by_all_of_its_views(fitted):
     assert (alone != votes)[clear].any() and (alone != votes)[~clear].any()
     assert np.array_equal(teacher.classify(images, num_views=5), np.where(clear, alone, votes))
     assert np.array_equal(teacher.classify(images), alone)
+    assert np.array_equal(teacher.classify(images[clear], num_views=5), alone[clear]), "nothing is left to look at"
     assert np.array_equal(small.classify(tiny, num_views=5), small.classify(tiny))
