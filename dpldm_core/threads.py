@@ -67,7 +67,7 @@ def choose_threads() -> int:
 def map_on_cores(function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
     """Apply a function to each item, as many at a time as torch has threads, each of them on one.
 
-    Two cores are busier with two items than with the many small layers of one: four fifths of the time (measured).
+    So a result does not depend on the number of threads. A twentieth faster than all threads on one (measured).
 
     Args:
         function: Of one item, in a thread of its own: torch's modes, such as ``no_grad``, must be set within.
