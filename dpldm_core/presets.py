@@ -35,13 +35,13 @@ def _batch(batch: int, num_records: int) -> int:
 
 
 def _quick(num_records: int) -> dict[str, Any]:
-    """The embedded data in three minutes on two cores."""
+    """The embedded data in two minutes on two cores."""
     return {
         "max_records_per_group": 4,
         "autoencoder": {
             "frequencies": 14,
             "refiner_channels": 32,
-            "procedural_steps": 300,
+            "procedural_steps": 150,
             "procedural_batch_size": 128,
             "latent_noise": 0.2,
             "dp_sgd": _dp_sgd(
@@ -52,24 +52,24 @@ def _quick(num_records: int) -> dict[str, Any]:
         "diffusion": {
             "width": 32,
             "depth": 4,
-            "procedural_steps": 300,
+            "procedural_steps": 250,
             "procedural_batch_size": 256,
             "sigma_data": 0.5,
             "P_mean": 0.2,
             "P_std": 1.0,
             "noise_multiplicity": 1,
             "dp_sgd": _dp_sgd(
-                1024,
+                512,
                 num_records,
-                num_steps=100,
+                num_steps=60,
                 max_grad_norm=0.5,
-                learning_rate=4e-3,
+                learning_rate=6e-3,
                 ema_decay=0.95,
                 budget_share=0.3,
             ),
         },
         "teacher": {
-            "num_synthetic": 10_000,
+            "num_synthetic": 6_000,
             "num_epochs": 3,
             "deformation": 0.0,
             "num_views": 1,
