@@ -7,7 +7,9 @@ from torch import Tensor, nn
 
 
 class GaussianPrior(nn.Module):
-    """Class-conditional Gaussians N(mean_y, V_y diag(variance_y) V_y^T).
+    """Class-conditional Gaussians N(mean_y, V_y diag(variance_y) V_y^T), and the share of each class among the records.
+
+    The shares move no image: a teacher needs them (:meth:`LabelTeacher.classify`).
 
     Args:
         num_classes: Classes, 1 when there are no labels.
@@ -17,12 +19,14 @@ class GaussianPrior(nn.Module):
     means: Tensor
     bases: Tensor
     variances: Tensor
+    shares: Tensor
 
     def __init__(self, num_classes: int, dim: int) -> None:
         super().__init__()
         self.register_buffer("means", torch.zeros(num_classes, dim))
         self.register_buffer("bases", torch.eye(dim).repeat(num_classes, 1, 1))
         self.register_buffer("variances", torch.ones(num_classes, dim))
+        self.register_buffer("shares", torch.full((num_classes,), 1 / num_classes))
 
     @torch.no_grad()
     def set_moments(self, means: Tensor, covariances: Tensor, *, variance_floor: float) -> None:

@@ -76,15 +76,19 @@ class LabelTeacher(nn.Module):
         return nn.functional.normalize(found, dim=1)
 
     @torch.no_grad()
-    def classify(self, images: np.ndarray, *, num_views: int = 1) -> np.ndarray:
-        """Class labels, int64 [n].
+    def classify(self, images: np.ndarray, shares: Tensor, *, num_views: int = 1) -> np.ndarray:
+        """Class labels, int64 [n], of images among which all classes are alike.
+
+        The head learnt from private records, where they are not: it expects a class as often as it met it there. So the
+        logarithm of each class's share is taken off its logit (Menon et al. 2021, logit adjustment).
 
         Args:
             images: uint8 [n, h, w, c].
+            shares: Released shares of the classes among the private records, [num_classes], all above 0.
             num_views: 1, or up to 9: an image that is not clear by itself is moved to its sides and corners, too, and
                 what the teacher says of each is averaged.
         """
-        votes = self._probabilities(images)
+        votes = self._probabilities(images, shares)
         first, second = votes.topk(2, dim=1).values.T
         unclear = np.flatnonzero(first - second < _CLEAR)
         if num_views > 1 and len(unclear) > 0:
@@ -93,11 +97,12 @@ class LabelTeacher(nn.Module):
             for down, right in _MOVES[: num_views - 1]:
                 top, left = (step[0] * (1 + down), step[1] * (1 + right))
                 moved = padded[:, top : top + images.shape[1], left : left + images.shape[2]]
-                votes[unclear] += self._probabilities(moved)
+                votes[unclear] += self._probabilities(moved, shares)
         return votes.argmax(1).numpy()
 
-    def _probabilities(self, images: np.ndarray) -> Tensor:
-        return self.head(self.features(images)).softmax(1).cpu()
+    def _probabilities(self, images: np.ndarray, shares: Tensor) -> Tensor:
+        logits = self.head(self.features(images))
+        return (logits - shares.to(logits).log()).softmax(1).cpu()
 
     def _hidden(self, images: np.ndarray) -> Tensor:
         where = device()

@@ -43,6 +43,8 @@ def fit_prior(prior: GaussianPrior, moments: ClassMoments, config: PriorConfig) 
         strong = basis @ torch.diag(values.sign() * (values.square() - edge**2).clamp(min=0).sqrt()) @ basis.T
         covariances.append(pooled + strong + config.class_weight * (difference - strong))
     prior.set_moments(moments.means, torch.stack(covariances), variance_floor=config.variance_floor)
+    seen = moments.counts.clamp(min=max(1.0, moments.count_std))  # below its noise a count says only that it is small
+    prior.shares.copy_(seen / seen.sum())
 
 
 def release_prior(

@@ -35,7 +35,7 @@ def sample_images(
 
     Sample i depends on (seed, i) alone, whatever shard or batch it is drawn in.
 
-    Images are drawn for every class alike: the proportions of the private data are not read.
+    Images are drawn for every class alike, whatever the proportions of the private data.
 
     Args:
         decoder: Public model file.
@@ -95,7 +95,7 @@ def sample_images(
         return drawn, np.array(indices, dtype=np.int64) % schema.num_classes
     judge = new_teacher(config, schema)
     load_model(judge, teacher)
-    return drawn, judge.classify(drawn, num_views=config.teacher.num_views)
+    return drawn, judge.classify(drawn, model.prior.shares, num_views=config.teacher.num_views)
 
 
 def shard_indices(num_samples: int, shard: int, num_shards: int) -> range:

@@ -1,3 +1,5 @@
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -5,6 +7,8 @@ import torch
 from dpldm_core.models.classifier import SmallCnn, train_classifier
 from dpldm_core.models.teacher import LabelTeacher
 from tests.tasks.conftest import drawings
+
+ALIKE = torch.full((3,), 1 / 3)
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +75,31 @@ def test_an_image_that_is_not_clear_is_named_by_all_of_its_views(fitted):
     ranked = said[0].sort(dim=1).values
     clear = (ranked[:, -1] - ranked[:, -2] >= 0.95).numpy()
     assert (alone != votes)[clear].any() and (alone != votes)[~clear].any()
-    assert np.array_equal(teacher.classify(images, num_views=5), np.where(clear, alone, votes))
-    assert np.array_equal(teacher.classify(images), alone)
-    assert np.array_equal(teacher.classify(images[clear], num_views=5), alone[clear]), "nothing is left to look at"
-    assert np.array_equal(small.classify(tiny, num_views=5), small.classify(tiny))
+    assert np.array_equal(teacher.classify(images, ALIKE, num_views=5), np.where(clear, alone, votes))
+    assert np.array_equal(teacher.classify(images, ALIKE), alone)
+    assert np.array_equal(teacher.classify(images[clear], ALIKE, num_views=5), alone[clear]), "none is left to look at"
+    assert np.array_equal(small.classify(tiny, ALIKE, num_views=5), small.classify(tiny, ALIKE))
+
+
+@pytest.mark.parametrize("num_views", [1, 5])
+def test_a_class_is_not_named_more_often_for_being_frequent(fitted, num_views):
+    """A head whose logits grew by the logarithms of some shares names every image as the head without them does."""
+    images = np.random.default_rng(0).integers(0, 256, (200, 28, 28, 1), dtype=np.uint8)
+    teacher = LabelTeacher(images.shape[1:], 3, num_features=20, ridge=1.0)
+    teacher.fit_features(teacher.network, images)
+    teacher.head.weight.data.normal_(std=4.0, generator=torch.Generator().manual_seed(0))
+    shares, head = torch.tensor([0.9, 0.09, 0.01]), copy.deepcopy(teacher.head)
+    alike = teacher.classify(images, ALIKE, num_views=num_views)
+    teacher.head = torch.nn.Sequential(head, Shifted(shares.log()))
+    assert np.array_equal(teacher.classify(images, shares, num_views=num_views), alike)
+    frequent = teacher.classify(images, ALIKE, num_views=num_views)
+    assert (frequent == 0).sum() > (alike == 0).sum() > 0 and (frequent == 2).sum() < (alike == 2).sum()
+
+
+class Shifted(torch.nn.Module):
+    def __init__(self, by):
+        super().__init__()
+        self.by = by
+
+    def forward(self, logits):
+        return logits + self.by

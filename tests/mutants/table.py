@@ -64,8 +64,8 @@ LEDGER, NOISE, ONE_SHOT, PLAN = (f"{PRIVACY}/{name}.py" for name in ("ledger", "
 DISCRETE, OPACUS, REPORT = (f"{PRIVACY}/{name}.py" for name in ("discrete", "opacus_backend", "report"))
 RNG, LOSS, SPLIT = "dpldm_core/rng.py", "dpldm_core/diffusion/loss.py", "dpldm_core/data/split.py"
 TRAINING = "dpldm_core/training"
-LOOP, STATE, STAGES, UNITS, DIFFUSION, AUTOENCODER = (
-    f"{TRAINING}/{name}.py" for name in ("private", "state", "stages", "units", "diffusion", "autoencoder")
+LOOP, STATE, STAGES, UNITS, DIFFUSION, AUTOENCODER, PRIOR = (
+    f"{TRAINING}/{name}.py" for name in ("private", "state", "stages", "units", "diffusion", "autoencoder", "prior")
 )
 
 _T = "tests/privacy/test_{}.py::test_"
@@ -375,6 +375,15 @@ MUTANTS = (
         "        white = whitening(encoder.transform.latent_shape)\n",
         "        white = torch.diag(1 / units.values.std(0))\n",
         (f"{T_DIFFUSION}no_latent_reaches_a_mechanism_through_another_or_the_network_before_its_noise",),
+    ),
+    Mutant(
+        "the_shares_of_the_classes_are_counted_in_the_private_labels",
+        BEYOND,
+        PRIOR,
+        "    fit_prior(prior, moments, config)\n",
+        "    fit_prior(prior, moments, config)\n"
+        "    prior.shares.copy_(torch.bincount(units.class_labels, minlength=num_classes) / len(units.class_labels))\n",
+        (f"{T_DIFFUSION}the_shares_of_the_classes_are_those_of_the_noisy_counts[0.01-None]",),
     ),
     Mutant(
         "the_denoiser_is_pretrained_on_the_private_latents",

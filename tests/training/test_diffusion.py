@@ -1,6 +1,8 @@
 """Stage 2 before it meets private data, and the prior that it starts from."""
 
+import dataclasses
 import math
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -18,7 +20,7 @@ from dpldm_core.training import stages
 from dpldm_core.training.autoencoder import build_autoencoder
 from dpldm_core.training.building import new_autoencoder, new_denoiser, to_tensor, to_uint8
 from dpldm_core.training.diffusion import build_denoiser, pretrain_denoiser
-from dpldm_core.training.prior import release_prior
+from dpldm_core.training.prior import fit_prior, release_prior
 from dpldm_core.training.sampling import sample_images
 from dpldm_core.training.state import save_model
 from dpldm_core.training.units import Units
@@ -96,6 +98,32 @@ def test_the_released_prior_is_that_of_the_latents():
         torch.testing.assert_close(prior.means[label], own.mean(0), atol=5e-3, rtol=0)
         found = prior.bases[label] @ torch.diag(prior.variances[label]) @ prior.bases[label].T
         torch.testing.assert_close(found, torch.cov(own.T), atol=5e-3, rtol=0)
+
+
+@pytest.mark.parametrize(("sigma", "expected"), [(1e-9, [0.0625, 0.9375]), (1e-2, None)])
+def test_the_shares_of_the_classes_are_those_of_the_noisy_counts(sigma, expected):
+    """They come from what was released; a count below its noise stands for that noise."""
+    released, settings_of_prior = [], settings().prior
+
+    def kept(*arguments, **options):
+        released.append(noisy_class_moments(*arguments, **options))
+        return released[-1]
+
+    labels = (torch.arange(64) % 16 > 0).long()
+    units = Units(0.1 * torch.randn(64, 16), labels, torch.arange(64)[:, None])
+    prior, white = GaussianPrior(2, 16), whitening((1, 4, 4))
+    plan = GaussianSumPlan(stage="latent_prior", max_norm=1.0, noise_multiplier=sigma)
+    with mock.patch("dpldm_core.training.prior.noisy_class_moments", kept):
+        release_prior(prior, units, plan, SecretKey(bytes(32)), settings_of_prior, white)
+    counts = released[0].counts.numpy()
+    np.testing.assert_allclose(prior.shares, counts / counts.sum(), rtol=1e-5)
+    if expected:
+        np.testing.assert_allclose(prior.shares, expected, rtol=1e-5)
+    else:
+        assert not np.allclose(counts, counts.round())
+    few = dataclasses.replace(released[0], counts=torch.tensor([-3.0, 40.0]), count_std=10.0)
+    fit_prior(prior, few, settings_of_prior)
+    np.testing.assert_allclose(prior.shares, [0.2, 0.8], rtol=1e-6)
 
 
 def seen_by_the_mechanisms(tmp_path, monkeypatch, latents):
