@@ -21,6 +21,7 @@ from dpldm_core.errors import ConfigError, unknown_name
 REFERENCE_RECORDS = 4_000
 MECHANISMS = ("dp_sgd", "noised_latents")
 _MOST = 0.5  # largest sample rate
+_FEW = 5_000  # records up to which preset quick takes half as long: with as many it is as good (docs/research.md)
 _TEACHABLE = 20_000.0  # records times epsilon; with less, a teacher names worse than the prior draws (decision 18)
 
 
@@ -35,13 +36,13 @@ def _batch(batch: int, num_records: int) -> int:
 
 
 def _quick(num_records: int) -> dict[str, Any]:
-    """The embedded data in two minutes on two cores."""
-    return {
+    """The embedded data in two minutes on two cores; with more records it takes longer, since more can be learnt."""
+    values: dict[str, Any] = {
         "max_records_per_group": 4,
         "autoencoder": {
             "frequencies": 14,
             "refiner_channels": 32,
-            "procedural_steps": 150,
+            "procedural_steps": 300,
             "procedural_batch_size": 128,
             "latent_noise": 0.2,
             "dp_sgd": _dp_sgd(
@@ -52,24 +53,24 @@ def _quick(num_records: int) -> dict[str, Any]:
         "diffusion": {
             "width": 32,
             "depth": 4,
-            "procedural_steps": 250,
+            "procedural_steps": 300,
             "procedural_batch_size": 256,
             "sigma_data": 0.5,
             "P_mean": 0.2,
             "P_std": 1.0,
             "noise_multiplicity": 1,
             "dp_sgd": _dp_sgd(
-                512,
+                1024,
                 num_records,
-                num_steps=60,
+                num_steps=100,
                 max_grad_norm=0.5,
-                learning_rate=6e-3,
+                learning_rate=4e-3,
                 ema_decay=0.95,
                 budget_share=0.3,
             ),
         },
         "teacher": {
-            "num_synthetic": 6_000,
+            "num_synthetic": 10_000,
             "num_epochs": 3,
             "deformation": 0.0,
             "num_views": 1,
@@ -102,6 +103,12 @@ def _quick(num_records: int) -> dict[str, Any]:
             "checkpoint_every": 50,
         },
     }
+    if num_records <= _FEW:
+        values["autoencoder"]["procedural_steps"] = 150
+        values["diffusion"]["procedural_steps"] = 250
+        values["diffusion"]["dp_sgd"] |= _dp_sgd(512, num_records, num_steps=60, learning_rate=6e-3)
+        values["teacher"]["num_synthetic"] = 6_000
+    return values
 
 
 def _leave_out_teacher(values: dict[str, Any]) -> None:

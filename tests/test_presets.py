@@ -46,6 +46,23 @@ def test_the_rate_follows_from_the_declared_number_of_records():
     assert resolve(public_num_records=200).diffusion.dp_sgd.sample_rate == 0.5
 
 
+def test_quick_takes_half_as_long_with_few_records_and_cpu_does_not():
+    def work(preset, num_records):
+        config = resolve(preset=preset, public_num_records=num_records)
+        private = config.diffusion.dp_sgd
+        return (
+            config.autoencoder.procedural_steps,
+            config.diffusion.procedural_steps,
+            round(private.num_steps * private.sample_rate * num_records),
+            config.teacher.num_synthetic,
+        )
+
+    few, more = work("quick", 5_000), work("quick", 5_001)
+    assert all(a < b for a, b in zip(few, more, strict=True)) and few[2] <= more[2] / 3
+    assert work("quick", 4_000) == few and work("quick", 60_000) == more
+    assert work("cpu", 5_000)[:2] == work("cpu", 60_000)[:2]
+
+
 @pytest.mark.parametrize("preset", ["quick", "cpu", "gpu"])
 def test_few_records_or_little_epsilon_leave_the_teacher_out(preset):
     """From public facts alone: the declared or well-known number of records, and the asked epsilon."""

@@ -231,9 +231,9 @@ def test_the_labels_of_a_person_are_all_charged():
 def test_a_plan_follows_from_declared_facts_alone():
     """Sample rate from the private N: no count of records is asked for; only the declared one moves the rate."""
     assert set(inspect.signature(plan_release).parameters) == {"config", "num_classes", "latent_dim", "grouped"}
-    for declared in (1000, 4000):
+    for declared, batch in ((1000, 512), (4000, 512), (60_000, 1024)):
         rate = config(num_records=declared).diffusion.dp_sgd.sample_rate
-        assert rate == min(0.5, 512 / declared)
+        assert rate == min(0.5, batch / declared)
 
 
 @pytest.mark.parametrize("mechanism", ["dp_sgd", "noised_latents"])
