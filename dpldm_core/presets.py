@@ -36,7 +36,7 @@ def _batch(batch: int, num_records: int) -> int:
 
 
 def _quick(num_records: int) -> dict[str, Any]:
-    """The embedded data in about two minutes on two cores; with more records it takes longer, since more can be learnt."""
+    """The embedded data in about two minutes on two cores; more records take longer, and teach more."""
     values: dict[str, Any] = {
         "max_records_per_group": 4,
         "autoencoder": {
