@@ -21,7 +21,7 @@ from dpldm_core.errors import ConfigError, unknown_name
 REFERENCE_RECORDS = 4_000
 MECHANISMS = ("dp_sgd", "noised_latents")
 _MOST = 0.5  # largest sample rate
-_FEW = 5_000  # records up to which preset quick takes half as long: with as many it is as good (docs/research.md)
+_FEW = 5_000  # records up to which preset quick takes half as long (docs/research.md)
 _TEACHABLE = 20_000.0  # records times epsilon; with less, a teacher names worse than the prior draws (decision 18)
 
 
