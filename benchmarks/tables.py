@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dpldm_core.presets import REFERENCE_RECORDS, preset_values
+from dpldm_core.presets import PRESETS, REFERENCE_RECORDS
 
 HERE = Path(__file__).resolve().parent
 README = HERE.parent / "README.md"
@@ -30,14 +30,7 @@ MADE = (
 BASELINES = {"one_shot_prior": "one-shot prior", "dp_merf": "DP-MERF", "pixel_dpdm": "DPDM on pixels"}
 
 # What results did that were made before there was such a field.
-BEFORE = {
-    "sharpness": 0.0,
-    "S_noise": 1.0,
-    "latent_noise": 0.0,
-    "deformation": 0.0,
-    "num_views": 1,
-    "fine_tuned": False,
-}
+BEFORE = {"sharpness": 0.0, "S_noise": 1.0, "latent_noise": 0.0, "deformation": 0.0, "num_views": 1}
 
 
 def results_of_quality() -> list[dict]:
@@ -49,7 +42,7 @@ def results_of_quality() -> list[dict]:
 def _preset_of(result: dict) -> str:
     """The preset of a result, with the values that it had then and has not now."""
     config = result["config"]
-    now = preset_values(result["preset"], config["num_records"] or REFERENCE_RECORDS, config["epsilon"])
+    now = PRESETS[result["preset"]](config["num_records"] or REFERENCE_RECORDS)
     names = ("autoencoder", "prior", "diffusion", "teacher", "sampling")
     sections = [("", now[name] | BEFORE | config[name], now[name]) for name in names]
     sections += [("private ", had["dp_sgd"], has["dp_sgd"]) for _, had, has in sections if "dp_sgd" in has]

@@ -77,8 +77,7 @@ class TeacherConfig(_Frozen):
         le=9,
         description="positions, a 28th of a side apart, that name an image together where it is not clear as it is",
     )
-    fine_tuned: bool = Field(description="private steps go on from its dense layers, not from a new linear head")
-    num_features: int = Field(ge=1, description="principal directions of its features that a linear head gets")
+    num_features: int = Field(ge=1, description="principal directions of its features that are kept")
     ridge: float = Field(gt=0, description="added to the variance of a direction, in units of their mean")
     expected_batch_size: int = Field(ge=1, description="public; divides the summed gradient")
     dp_sgd: DpSgdConfig

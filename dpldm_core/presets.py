@@ -23,7 +23,6 @@ MECHANISMS = ("dp_sgd", "noised_latents")
 _MOST = 0.5  # largest sample rate
 _FEW = 5_000  # records up to which preset quick takes half as long (docs/research.md)
 _TEACHABLE = 20_000.0  # records times epsilon; with less, a teacher names worse than the prior draws (decision 18)
-_PLENTY = 300_000.0  # records times epsilon from which long and gpu fine-tune the teacher's network (decision 20)
 
 
 def _dp_sgd(batch: int, num_records: int, **values: float) -> dict[str, Any]:
@@ -75,7 +74,6 @@ def _quick(num_records: int) -> dict[str, Any]:
             "num_epochs": 3,
             "deformation": 0.0,
             "num_views": 1,
-            "fine_tuned": False,
             "num_features": 256,
             "ridge": 1.0,
             "expected_batch_size": _batch(2048, num_records),
@@ -120,14 +118,6 @@ def _leave_out_teacher(values: dict[str, Any]) -> None:
     values["teacher"]["dp_sgd"]["budget_share"] = 0.0
 
 
-def _fine_tune(values: dict[str, Any]) -> None:
-    """All weights of the teacher are trained, and a quarter of the budget goes from the prior to both networks."""
-    values["prior"]["budget_share"] = 0.25
-    values["diffusion"]["dp_sgd"]["budget_share"] = 0.4
-    values["teacher"] |= {"fine_tuned": True}
-    values["teacher"]["dp_sgd"] |= {"learning_rate": 2e-3, "budget_share": 0.3}
-
-
 def _cpu(num_records: int) -> dict[str, Any]:
     """60,000 images in half an hour on two cores."""
     values = _quick(num_records)
@@ -156,13 +146,6 @@ def _cpu(num_records: int) -> dict[str, Any]:
     }
     values["sampling"] |= {"num_samples": 60_000, "num_shards": 4, "S_noise": 1.1}
     values["evaluation"] = {"num_epochs": 4, "num_seeds": 3, "max_frechet_images": 10_000, "metrics_share": 0.01}
-    return values
-
-
-def _long(num_records: int) -> dict[str, Any]:
-    """As cpu, with twice the private steps of the denoiser: more than an hour on two cores."""
-    values = _cpu(num_records)
-    values["diffusion"]["dp_sgd"] |= {"num_steps": 400, "ema_decay": 0.98}
     return values
 
 
@@ -203,32 +186,7 @@ def _smoke(num_records: int) -> dict[str, Any]:
     return values
 
 
-PRESETS: Mapping[str, Callable[[int], dict[str, Any]]] = {
-    "quick": _quick,
-    "cpu": _cpu,
-    "long": _long,
-    "gpu": _gpu,
-    "smoke": _smoke,
-}
-
-
-def preset_values(preset: str, num_records: int, epsilon: float) -> dict[str, Any]:
-    """Values of a preset for a public number of records and an epsilon.
-
-    Args:
-        preset: Name in ``PRESETS``.
-        num_records: Declared, well-known or assumed.
-        epsilon: Asked for the whole release.
-
-    Returns:
-        Fields of :class:`ReleaseConfig`, but for the workflow's inputs.
-    """
-    values = PRESETS[preset](num_records)
-    if preset != "smoke" and num_records * epsilon < _TEACHABLE:
-        _leave_out_teacher(values)
-    if preset in ("long", "gpu") and num_records * epsilon >= _PLENTY:
-        _fine_tune(values)
-    return values
+PRESETS: Mapping[str, Callable[[int], dict[str, Any]]] = {"quick": _quick, "cpu": _cpu, "gpu": _gpu, "smoke": _smoke}
 
 
 def resolve_config(
@@ -278,7 +236,9 @@ def resolve_config(
     if isinstance(num_records, int) and num_records > 0:
         check_delta(delta, num_records)
         assumed = num_records
-    values = preset_values(preset, assumed, epsilon)
+    values = PRESETS[preset](assumed)
+    if preset != "smoke" and assumed * epsilon < _TEACHABLE:
+        _leave_out_teacher(values)
     if latent_mechanism == "noised_latents":  # noise grows with the latent's norm: keep few coordinates
         values["autoencoder"]["frequencies"] = min(6, values["autoencoder"]["frequencies"])
     values |= {

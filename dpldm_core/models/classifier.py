@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 
 import numpy as np
@@ -58,41 +57,12 @@ class SmallCnn(nn.Module):
         found = convolutions(pixels.float().div(127.5).sub(1))
         return torch.cat([found, rest(found)], dim=1)
 
-    def frozen(self) -> nn.Sequential:
-        """The same function of pixels between -1 and 1, [b, c, h, w], with no dropout and no statistics of batches."""
-        layers = (layer for layer in (*self.body, self.head) if not isinstance(layer, nn.Dropout))
-        return nn.Sequential(
-            *(FrozenNorm(n) if isinstance(n, nn.BatchNorm2d) else copy.deepcopy(n) for n in layers)
-        ).requires_grad_(True)
-
     @property
     def num_hidden(self) -> int:
         """Width of :meth:`hidden`."""
         dense = self.body[-2]
         assert isinstance(dense, nn.Linear)
         return dense.in_features + dense.out_features
-
-
-class FrozenNorm(nn.Module):
-    """What a batch normalisation does in evaluation: every record alone is scaled and shifted by constants.
-
-    Args:
-        norm: Its running statistics and weights are taken.
-    """
-
-    scale: torch.Tensor
-    shift: torch.Tensor
-
-    def __init__(self, norm: nn.BatchNorm2d) -> None:
-        super().__init__()
-        assert norm.running_mean is not None and norm.running_var is not None
-        scale = norm.weight.detach() * (norm.running_var + norm.eps).rsqrt()
-        self.register_buffer("scale", scale[:, None, None])
-        self.register_buffer("shift", (norm.bias.detach() - norm.running_mean * scale)[:, None, None])
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[b, c, h, w] to the same shape."""
-        return x * self.scale + self.shift
 
 
 def device() -> torch.device:

@@ -1,4 +1,4 @@
-"""The label teacher: features from synthetic images (free), then a head on private ones with DP-SGD."""
+"""The label teacher: features from synthetic images (free), then a linear head on private ones with DP-SGD."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dpldm_core.config import TeacherConfig
 from dpldm_core.models.classifier import train_classifier
-from dpldm_core.models.teacher import FineTunedTeacher, LabelTeacher, LinearTeacher
+from dpldm_core.models.teacher import LabelTeacher
 from dpldm_core.privacy.engine import Batch
 from dpldm_core.privacy.plan import DpSgdPlan
 from dpldm_core.rng import SecretKey
@@ -23,9 +23,7 @@ MOMENTUM = 0.9
 def build_teacher(config: TeacherConfig, image_shape: tuple[int, int, int], num_classes: int) -> LabelTeacher:
     """An untrained teacher."""
     with torch.random.fork_rng(devices=[]):
-        if config.fine_tuned:
-            return FineTunedTeacher(image_shape, num_classes)
-        return LinearTeacher(image_shape, num_classes, num_features=config.num_features, ridge=config.ridge)
+        return LabelTeacher(image_shape, num_classes, num_features=config.num_features, ridge=config.ridge)
 
 
 def learn_features(
@@ -43,12 +41,12 @@ def learn_features(
     network = train_classifier(
         images,
         labels,
-        num_classes=teacher.num_classes,
+        num_classes=teacher.head.out_features,
         num_epochs=config.num_epochs,
         seed=seed,
         deformation=config.deformation,
     )
-    teacher.take(network, images)
+    teacher.fit_features(network, images)
 
 
 def teacher_loss(model: nn.Module, batch: Batch) -> Tensor:
@@ -73,26 +71,22 @@ def train_head(
 
     Args:
         teacher: With its features learnt; its head is replaced by the trained one.
-        units: Private features, from :meth:`LabelTeacher.features`.
+        units: Private features, values [n, num_features + 1].
         plan: What is charged.
         key: Secret key of this stage.
-        config: Averaging, and learning rate: for a sum of clipped gradients over the public expected batch; where the
-            network is fine-tuned, for gradients whose noise has unit variance, so that noise moves no weight far.
+        config: Learning rate, for a sum of clipped gradients over the public expected batch, and averaging.
         train: The loop.
         loop: Further arguments of :func:`train_private`.
     """
-    learning_rate = config.dp_sgd.learning_rate
-    if not config.fine_tuned:
-        noise_std = plan.noise_multiplier * plan.max_grad_norm  # gradients arrive divided by it
-        learning_rate *= noise_std / config.expected_batch_size
-    teacher.head = train(
+    noise_std = plan.noise_multiplier * plan.max_grad_norm  # gradients arrive divided by it
+    teacher.head = train(  # type: ignore[assignment]
         teacher.head,
         units,
         plan,
         key,
         loss=teacher_loss,
         draw=lambda batch, generator: batch,
-        learning_rate=learning_rate,
+        learning_rate=config.dp_sgd.learning_rate * noise_std / config.expected_batch_size,
         momentum=MOMENTUM,
         ema_decay=config.dp_sgd.ema_decay,
         **loop,

@@ -405,14 +405,6 @@ MUTANTS = (
         (f"{T_TRAINED}the_teacher_learns_its_features_from_other_samples_than_are_published",),
     ),
     Mutant(
-        "a_fine_tuned_network_normalises_by_its_batch",
-        BEYOND,
-        "dpldm_core/models/classifier.py",
-        "        return x * self.scale + self.shift\n",
-        "        return (x - x.mean((0, 2, 3), keepdim=True)) * self.scale + self.shift\n",
-        ("tests/training/test_teacher.py::test_a_fine_tuned_network_starts_from_what_synthetic_images_taught_it",),
-    ),
-    Mutant(
         "latents_standardised_by_their_own_mean_and_std",
         "latent std from data",
         STAGES,
