@@ -101,7 +101,7 @@ def train_models(
     with clock.stage("train_teacher"):
         if TEACHER in plan.stages():
             files = train, autoencoder, decoder, denoiser
-            models["teacher"] = stages.train_teacher(*files, config, plan, keys[TEACHER], run)
+            models["teacher"] = stages.train_teacher(*files, config, plan, keys.__getitem__, run)
     return models, noise_std
 
 

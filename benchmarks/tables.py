@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dpldm_core.presets import PRESETS, REFERENCE_RECORDS
+from dpldm_core.presets import REFERENCE_RECORDS, preset_values
 
 HERE = Path(__file__).resolve().parent
 README = HERE.parent / "README.md"
@@ -30,7 +30,16 @@ MADE = (
 BASELINES = {"one_shot_prior": "one-shot prior", "dp_merf": "DP-MERF", "pixel_dpdm": "DPDM on pixels"}
 
 # What results did that were made before there was such a field.
-BEFORE = {"sharpness": 0.0, "S_noise": 1.0, "latent_noise": 0.0, "deformation": 0.0, "num_views": 1}
+BEFORE = {
+    "sharpness": 0.0,
+    "S_noise": 1.0,
+    "latent_noise": 0.0,
+    "deformation": 0.0,
+    "num_views": 1,
+    "fine_tuned": False,
+    "num_copies": 0,
+    "first_share": 0.0,
+}
 
 
 def results_of_quality() -> list[dict]:
@@ -42,7 +51,7 @@ def results_of_quality() -> list[dict]:
 def _preset_of(result: dict) -> str:
     """The preset of a result, with the values that it had then and has not now."""
     config = result["config"]
-    now = PRESETS[result["preset"]](config["num_records"] or REFERENCE_RECORDS)
+    now = preset_values(result["preset"], config["num_records"] or REFERENCE_RECORDS, config["epsilon"])
     names = ("autoencoder", "prior", "diffusion", "teacher", "sampling")
     sections = [("", now[name] | BEFORE | config[name], now[name]) for name in names]
     sections += [("private ", had["dp_sgd"], has["dp_sgd"]) for _, had, has in sections if "dp_sgd" in has]

@@ -77,9 +77,18 @@ class TeacherConfig(_Frozen):
         le=9,
         description="positions, a 28th of a side apart, that name an image together where it is not clear as it is",
     )
-    num_features: int = Field(ge=1, description="principal directions of its features that are kept")
+    num_copies: int = Field(
+        ge=0, le=8, description="deformed copies of each private image beside it, averaged before the clip; free"
+    )
+    fine_tuned: bool = Field(description="private steps go on from its dense layers, not from a new linear head")
+    num_features: int = Field(ge=1, description="principal directions of its features that a linear head gets")
     ridge: float = Field(gt=0, description="added to the variance of a direction, in units of their mean")
     expected_batch_size: int = Field(ge=1, description="public; divides the summed gradient")
+    first_share: float = Field(
+        ge=0,
+        lt=1,
+        description="budget share of a first teacher, which names what this one learns from; 0: there is none",
+    )
     dp_sgd: DpSgdConfig
 
 

@@ -23,6 +23,7 @@ MECHANISMS = ("dp_sgd", "noised_latents")
 _MOST = 0.5  # largest sample rate
 _FEW = 5_000  # records up to which preset quick takes half as long (docs/research.md)
 _TEACHABLE = 20_000.0  # records times epsilon; with less, a teacher names worse than the prior draws (decision 18)
+_PLENTY = 300_000.0  # records times epsilon from which preset long has two fine-tuned teachers (decision 20)
 
 
 def _dp_sgd(batch: int, num_records: int, **values: float) -> dict[str, Any]:
@@ -74,9 +75,12 @@ def _quick(num_records: int) -> dict[str, Any]:
             "num_epochs": 3,
             "deformation": 0.0,
             "num_views": 1,
+            "num_copies": 0,
+            "fine_tuned": False,
             "num_features": 256,
             "ridge": 1.0,
             "expected_batch_size": _batch(2048, num_records),
+            "first_share": 0.0,
             "dp_sgd": _dp_sgd(
                 2048, num_records, num_steps=60, max_grad_norm=0.5, learning_rate=60.0, ema_decay=0.9, budget_share=0.15
             ),
@@ -118,6 +122,15 @@ def _leave_out_teacher(values: dict[str, Any]) -> None:
     values["teacher"]["dp_sgd"]["budget_share"] = 0.0
 
 
+def _teach_twice(values: dict[str, Any]) -> None:
+    """Two teachers with many weights, whose features are learnt at length; half of the prior's budget pays."""
+    values["prior"]["budget_share"] = 0.25
+    values["diffusion"]["dp_sgd"]["budget_share"] = 0.4
+    values["teacher"] |= {"num_synthetic": 60_000, "num_epochs": 6, "num_copies": 2, "fine_tuned": True}
+    values["teacher"]["first_share"] = 0.1
+    values["teacher"]["dp_sgd"] |= {"learning_rate": 3e-3, "budget_share": 0.2}
+
+
 def _cpu(num_records: int) -> dict[str, Any]:
     """60,000 images in half an hour on two cores."""
     values = _quick(num_records)
@@ -146,6 +159,13 @@ def _cpu(num_records: int) -> dict[str, Any]:
     }
     values["sampling"] |= {"num_samples": 60_000, "num_shards": 4, "S_noise": 1.1}
     values["evaluation"] = {"num_epochs": 4, "num_seeds": 3, "max_frechet_images": 10_000, "metrics_share": 0.01}
+    return values
+
+
+def _long(num_records: int) -> dict[str, Any]:
+    """As cpu, with twice the private steps of the denoiser: an hour and more on two cores."""
+    values = _cpu(num_records)
+    values["diffusion"]["dp_sgd"] |= {"num_steps": 400, "ema_decay": 0.98}
     return values
 
 
@@ -186,7 +206,32 @@ def _smoke(num_records: int) -> dict[str, Any]:
     return values
 
 
-PRESETS: Mapping[str, Callable[[int], dict[str, Any]]] = {"quick": _quick, "cpu": _cpu, "gpu": _gpu, "smoke": _smoke}
+PRESETS: Mapping[str, Callable[[int], dict[str, Any]]] = {
+    "quick": _quick,
+    "cpu": _cpu,
+    "long": _long,
+    "gpu": _gpu,
+    "smoke": _smoke,
+}
+
+
+def preset_values(preset: str, num_records: int, epsilon: float) -> dict[str, Any]:
+    """Values of a preset for a public number of records and an epsilon.
+
+    Args:
+        preset: Name in ``PRESETS``.
+        num_records: Declared, well-known or assumed.
+        epsilon: Asked for the whole release.
+
+    Returns:
+        Fields of :class:`ReleaseConfig`, but for the workflow's inputs.
+    """
+    values = PRESETS[preset](num_records)
+    if preset != "smoke" and num_records * epsilon < _TEACHABLE:
+        _leave_out_teacher(values)
+    if preset == "long" and num_records * epsilon >= _PLENTY:
+        _teach_twice(values)
+    return values
 
 
 def resolve_config(
@@ -236,9 +281,7 @@ def resolve_config(
     if isinstance(num_records, int) and num_records > 0:
         check_delta(delta, num_records)
         assumed = num_records
-    values = PRESETS[preset](assumed)
-    if preset != "smoke" and assumed * epsilon < _TEACHABLE:
-        _leave_out_teacher(values)
+    values = preset_values(preset, assumed, epsilon)
     if latent_mechanism == "noised_latents":  # noise grows with the latent's norm: keep few coordinates
         values["autoencoder"]["frequencies"] = min(6, values["autoencoder"]["frequencies"])
     values |= {

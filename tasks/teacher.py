@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from flytekit.types.file import FlyteFile
 
 from tasks._resources import GPU_TASK, begin_stage, checkpoint, dpldm_task, work_folder
 from tasks.artifacts import PUBLIC, Codec, DiffusionModel, HashedTeacher, PrivateData, Release, Teacher
 
+if TYPE_CHECKING:
+    from dpldm_core.rng import SecretKey
+
 
 @dpldm_task(**GPU_TASK)
 def train_teacher(release: Release, data: PrivateData, codec: Codec, model: DiffusionModel) -> HashedTeacher:
-    """Learn features from synthetic images, then a linear head on private ones with DP-SGD, if the plan has it."""
+    """Learn features from synthetic images, then a head on private ones with DP-SGD, if the plan has it."""
     from dpldm_core.privacy.calibration import TEACHER
     from dpldm_core.privacy.plan import ReleasePlan
     from dpldm_core.training.stages import Run, binding_of
@@ -26,12 +30,17 @@ def train_teacher(release: Release, data: PrivateData, codec: Codec, model: Diff
         private = data.train.download()
         autoencoder, decoder = Path(codec.autoencoder.download()), Path(codec.decoder.download())
         denoiser = Path(model.denoiser.download())
-        key = begin_stage(release.entry_id, release.plan, TEACHER, private)
+        paid: list[str] = []
+
+        def key_of(stage: str) -> SecretKey:
+            paid.append(stage)
+            return begin_stage(release.entry_id, release.plan, stage, private)
+
         resume, save = checkpoint(TEACHER)
         attempt = Run(work_folder(TEACHER), binding_of(private, release.plan), resume, save)
         config = release.release_config()
-        path = train(Path(private), autoencoder, decoder, denoiser, config, plan, key, attempt)
-        run.stage(plan, [TEACHER])
+        path = train(Path(private), autoencoder, decoder, denoiser, config, plan, key_of, attempt)
+        run.stage(plan, paid)
         run.private_input(release.account)
-        events = release.events_of([TEACHER])
+        events = release.events_of(paid)
         return Teacher(teacher=FlyteFile(str(path)), run_id=run.run_id, events=events, visibility=PUBLIC)

@@ -63,7 +63,7 @@ def test_quick_takes_half_as_long_with_few_records_and_cpu_does_not():
     assert work("cpu", 5_000)[:2] == work("cpu", 60_000)[:2]
 
 
-@pytest.mark.parametrize("preset", ["quick", "cpu", "gpu"])
+@pytest.mark.parametrize("preset", ["quick", "cpu", "long", "gpu"])
 def test_few_records_or_little_epsilon_leave_the_teacher_out(preset):
     """From public facts alone: the declared or well-known number of records, and the asked epsilon."""
     for records, epsilon, taught in (
@@ -77,6 +77,24 @@ def test_few_records_or_little_epsilon_leave_the_teacher_out(preset):
         assert ("train_teacher" in plan.stages()) == taught
     undeclared = [resolve(preset=preset, public_num_records=None, epsilon=e) for e in (1.0, 10.0)]
     assert [c.teacher.dp_sgd.budget_share > 0 for c in undeclared] == [False, True], "4,000 records are assumed"
+
+
+@pytest.mark.parametrize("preset", ["quick", "cpu", "long", "gpu"])
+def test_long_has_two_fine_tuned_teachers_where_budget_is_plenty(preset):
+    """From public facts alone: 300,000 records times epsilon, not one less."""
+    for records, epsilon, plenty in (
+        (60_000, 10.0, True),
+        (30_000, 10.0, True),
+        (29_999, 10.0, False),
+        (60_000, 1.0, False),
+    ):
+        config = resolve(preset=preset, public_num_records=records, epsilon=epsilon)
+        twice = preset == "long" and plenty
+        assert config.teacher.fine_tuned == (config.teacher.first_share > 0) == twice
+        assert (config.prior.budget_share == 0.25) == (config.teacher.num_copies > 0) == twice
+        assert (config.teacher.dp_sgd.learning_rate < 1) == twice, "for gradients of unit noise"
+        plan = plan_release(config, num_classes=10, latent_dim=196, grouped=False)
+        assert ("train_first_teacher" in plan.stages()) == twice
 
 
 def test_overrides_change_single_fields_only():

@@ -32,7 +32,7 @@ def audit_pipeline(
         dataset: mnist5k, mnist or fashion_mnist: an audit is not charged, so it runs on public data only.
         epsilon: Privacy budget of the release whose plan is audited.
         delta: Its delta.
-        preset: quick, cpu or gpu.
+        preset: quick, cpu, long or gpu.
         num_canaries: Made-up records, each in the data with probability 1/2; more give tighter bounds.
         out: Folder or s3:// URI that the result is written to.
 

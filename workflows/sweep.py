@@ -67,7 +67,7 @@ def sweep_pipeline(
         epsilons: One release each, for example '[0.2, 1, 3, 10]'.
         dataset: mnist5k, mnist, fashion_mnist, or a path or s3:// URI of your own images, with labels.
         delta: Probability that each promise may fail.
-        preset: quick, cpu or gpu.
+        preset: quick, cpu, long or gpu.
         num_samples: Synthetic images of each release; 0 takes the preset's number.
         budget_epsilon: Cap of a new account.
         out: Folder or s3:// URI that bundles and curve are written to.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import numpy as np
@@ -51,11 +52,19 @@ class SmallCnn(nn.Module):
         """The layer before the logits, [b, 128], of uint8 pixels [b, c, h, w]."""
         return self.body(pixels.float().div(127.5).sub(1))
 
+    def convolved(self, pixels: torch.Tensor) -> torch.Tensor:
+        """What the convolutions find, flattened, of uint8 pixels [b, c, h, w]."""
+        return self.body[:-_DENSE](pixels.float().div(127.5).sub(1))
+
     def hidden(self, pixels: torch.Tensor) -> torch.Tensor:
-        """What the convolutions found, and the layer before the logits, side by side: [b, num_hidden]."""
-        convolutions, rest = self.body[:-_DENSE], self.body[-_DENSE:]
-        found = convolutions(pixels.float().div(127.5).sub(1))
-        return torch.cat([found, rest(found)], dim=1)
+        """What the convolutions find, and the layer before the logits, side by side: [b, num_hidden]."""
+        found = self.convolved(pixels)
+        return torch.cat([found, self.body[-_DENSE:](found)], dim=1)
+
+    def dense(self) -> nn.Sequential:
+        """A copy of all layers behind :meth:`convolved`, without dropout."""
+        _, *rest = self.body[-_DENSE:]
+        return copy.deepcopy(nn.Sequential(*rest, self.head))
 
     @property
     def num_hidden(self) -> int:
@@ -113,19 +122,22 @@ def train_classifier(
     return model.eval()
 
 
-def deform(pixels: torch.Tensor, deformation: float) -> torch.Tensor:
+def deform(pixels: torch.Tensor, deformation: float, draws: torch.Tensor | None = None) -> torch.Tensor:
     """Each image turned, scaled, sheared and moved a little: what moves a real one within its class.
 
     Args:
         pixels: [b, c, h, w] between 0 and 255.
         deformation: At most 8 degrees, 8 % and a 28th of a side, times this; 0 leaves the images as they are.
+        draws: Numbers between 0 and 1 that say how, [6]: the same for every image. None: each gets its own, from
+            torch's global generator.
 
     Returns:
-        As many images, float32, with random draws from torch's global generator.
+        As many images, float32.
     """
     if deformation == 0:
         return pixels
-    uniform = (torch.rand(6, len(pixels)) * 2 - 1) * deformation
+    chosen = torch.rand(6, len(pixels)) if draws is None else draws[:, None].expand(6, len(pixels))
+    uniform = (chosen * 2 - 1) * deformation
     turn, wide, high, shear, right, down = uniform * torch.tensor(
         [[_TURN], [_SCALE], [_SCALE], [_SHEAR], [_SHIFT], [_SHIFT]]
     )

@@ -1,6 +1,9 @@
-"""The label teacher: a linear classifier on fixed features that a small network learnt from synthetic images."""
+"""Label teachers: classifiers that learn from synthetic images first, and then with DP-SGD from private ones."""
 
 from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -16,64 +19,31 @@ _CLEAR = 0.95  # probability of the likeliest class minus that of the next
 _CONSTANT = 0.2  # of a typical feature vector's norm: the input of the bias
 
 
-class LabelTeacher(nn.Module):
-    """Names the class of an image.
-
-    The network and the statistics of its features come from synthetic images; only ``head`` ever meets private data
-    (after Tramer and Boneh 2021: few weights on good features need little privacy budget).
+class LabelTeacher(nn.Module, ABC):
+    """Names the class of an image: fixed features, and a head behind them, which alone ever meets private data.
 
     Args:
-        image_shape: (h, w, c).
         num_classes: Outputs, 2 or more.
-        num_features: Principal directions of the hidden layers that are kept.
-        ridge: Added to the variance of each direction, in units of their mean, before it is scaled to one.
     """
 
-    mean: Tensor
-    scale: Tensor
-    basis: Tensor
-    constant: Tensor
+    head: nn.Module
 
-    def __init__(self, image_shape: tuple[int, int, int], num_classes: int, *, num_features: int, ridge: float) -> None:
+    def __init__(self, num_classes: int) -> None:
         super().__init__()
-        self.ridge = ridge
-        self.network = SmallCnn(image_shape, num_classes).requires_grad_(False).eval()
-        hidden = self.network.num_hidden
-        self.register_buffer("mean", torch.zeros(hidden))
-        self.register_buffer("scale", torch.ones(hidden))
-        self.register_buffer("basis", torch.eye(hidden)[:, : min(num_features, hidden)].clone())
-        self.register_buffer("constant", torch.ones(()))
-        self.head = nn.Linear(min(num_features, hidden) + 1, num_classes, bias=False)
-        nn.init.zeros_(self.head.weight)
+        self.num_classes = num_classes
 
-    @torch.no_grad()
-    def fit_features(self, network: SmallCnn, images: np.ndarray) -> None:
-        """Take a trained network, and the principal directions of its features on some images.
+    @abstractmethod
+    def take(self, network: SmallCnn, images: np.ndarray) -> None:
+        """Start from a trained network.
 
         Args:
             network: Trained on synthetic images.
             images: Synthetic, uint8 [n, h, w, c].
         """
-        self.network.load_state_dict(network.state_dict())
-        hidden = self._hidden(images).double()
-        deviation = hidden.std(0)
-        mean, scale = hidden.mean(0), 1 / (deviation + _SCALE_FLOOR * deviation.max())
-        standard = (hidden - mean) * scale
-        variances, directions = torch.linalg.eigh(standard.T @ standard / len(standard))
-        kept = self.basis.shape[1]
-        variances, directions = variances[-kept:].clamp(min=0), directions[:, -kept:]
-        basis = directions * (variances + self.ridge * variances.mean()).rsqrt()
-        self.mean.copy_(mean)
-        self.scale.copy_(scale)
-        self.basis.copy_(basis)
-        self.constant.copy_(_CONSTANT * (standard @ basis).norm(dim=1).mean())
 
-    @torch.no_grad()
+    @abstractmethod
     def features(self, images: np.ndarray) -> Tensor:
-        """Feature vectors of unit norm, float32 [n, num_features + 1], of uint8 images [n, h, w, c]."""
-        found = ((self._hidden(images) - self.mean) * self.scale) @ self.basis
-        found = torch.cat([found, self.constant.expand(len(found), 1)], dim=1)
-        return nn.functional.normalize(found, dim=1)
+        """The head's inputs, float32 [n, .], of uint8 images [n, h, w, c]; each depends on its image alone."""
 
     @torch.no_grad()
     def classify(self, images: np.ndarray, shares: Tensor, *, num_views: int = 1) -> np.ndarray:
@@ -101,11 +71,95 @@ class LabelTeacher(nn.Module):
         return votes.argmax(1).numpy()
 
     def _probabilities(self, images: np.ndarray, shares: Tensor) -> Tensor:
-        logits = self.head(self.features(images))
+        self.to(device())
+        logits = _in_batches(lambda some: self.head(self.features(some)), images)
         return (logits - shares.to(logits).log()).softmax(1).cpu()
+
+
+class LinearTeacher(LabelTeacher):
+    """A linear head on a few scaled features (after Tramer and Boneh 2021: few weights need little privacy budget).
+
+    Args:
+        image_shape: (h, w, c).
+        num_classes: Outputs, 2 or more.
+        num_features: Principal directions of the network's hidden layers that are kept.
+        ridge: Added to the variance of each direction, in units of their mean, before it is scaled to one.
+    """
+
+    mean: Tensor
+    scale: Tensor
+    basis: Tensor
+    constant: Tensor
+
+    def __init__(self, image_shape: tuple[int, int, int], num_classes: int, *, num_features: int, ridge: float) -> None:
+        super().__init__(num_classes)
+        self.ridge = ridge
+        self.network = SmallCnn(image_shape, num_classes).requires_grad_(False).eval()
+        hidden = self.network.num_hidden
+        self.register_buffer("mean", torch.zeros(hidden))
+        self.register_buffer("scale", torch.ones(hidden))
+        self.register_buffer("basis", torch.eye(hidden)[:, : min(num_features, hidden)].clone())
+        self.register_buffer("constant", torch.ones(()))
+        self.head = nn.Linear(min(num_features, hidden) + 1, num_classes, bias=False)
+        nn.init.zeros_(self.head.weight)
+
+    @torch.no_grad()
+    def take(self, network: SmallCnn, images: np.ndarray) -> None:
+        """Take a trained network, and the principal directions of its hidden layers on synthetic images."""
+        self.network.load_state_dict(network.state_dict())
+        hidden = self._hidden(images).double()
+        deviation = hidden.std(0)
+        mean, scale = hidden.mean(0), 1 / (deviation + _SCALE_FLOOR * deviation.max())
+        standard = (hidden - mean) * scale
+        variances, directions = torch.linalg.eigh(standard.T @ standard / len(standard))
+        kept = self.basis.shape[1]
+        variances, directions = variances[-kept:].clamp(min=0), directions[:, -kept:]
+        basis = directions * (variances + self.ridge * variances.mean()).rsqrt()
+        self.mean.copy_(mean)
+        self.scale.copy_(scale)
+        self.basis.copy_(basis)
+        self.constant.copy_(_CONSTANT * (standard @ basis).norm(dim=1).mean())
+
+    @torch.no_grad()
+    def features(self, images: np.ndarray) -> Tensor:
+        """Feature vectors of unit norm, float32 [n, num_features + 1], of uint8 images [n, h, w, c]."""
+        found = ((self._hidden(images) - self.mean) * self.scale) @ self.basis
+        found = torch.cat([found, self.constant.expand(len(found), 1)], dim=1)
+        return nn.functional.normalize(found, dim=1)
 
     def _hidden(self, images: np.ndarray) -> Tensor:
         where = device()
         self.to(where)
-        chunks = [images[start : start + _BATCH_SIZE] for start in range(0, len(images), _BATCH_SIZE)]
-        return torch.cat([self.network.eval().hidden(to_pixels(chunk, where)) for chunk in chunks])
+        return _in_batches(lambda some: self.network.eval().hidden(to_pixels(some, where)), images)
+
+
+class FineTunedTeacher(LabelTeacher):
+    """The network's own dense layers go on from what synthetic images taught them, behind its fixed convolutions.
+
+    Many weights that start well need a large budget, and records of every class (docs/decisions/0020).
+
+    Args:
+        image_shape: (h, w, c).
+        num_classes: Outputs, 2 or more.
+    """
+
+    def __init__(self, image_shape: tuple[int, int, int], num_classes: int) -> None:
+        super().__init__(num_classes)
+        self.network = SmallCnn(image_shape, num_classes).requires_grad_(False).eval()
+        self.head = self.network.dense().requires_grad_(True)
+
+    def take(self, network: SmallCnn, images: np.ndarray) -> None:
+        """Take a trained network."""
+        self.network.load_state_dict(network.state_dict())
+        self.head = self.network.dense().requires_grad_(True)
+
+    @torch.no_grad()
+    def features(self, images: np.ndarray) -> Tensor:
+        """What the convolutions find, float32 [n, .], of uint8 images [n, h, w, c]."""
+        where = device()
+        self.to(where)
+        return _in_batches(lambda some: self.network.eval().convolved(to_pixels(some, where)), images)
+
+
+def _in_batches(function: Callable[[np.ndarray], Tensor], images: np.ndarray) -> Tensor:
+    return torch.cat([function(images[i : i + _BATCH_SIZE]) for i in range(0, len(images), _BATCH_SIZE)])

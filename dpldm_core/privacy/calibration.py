@@ -20,7 +20,8 @@ from dpldm_core.privacy.plan import (
     chernoff_cap,
 )
 
-AUTOENCODER, PRIOR, DIFFUSION, TEACHER = "train_autoencoder", "latent_prior", "train_diffusion", "train_teacher"
+AUTOENCODER, PRIOR, DIFFUSION = "train_autoencoder", "latent_prior", "train_diffusion"
+FIRST_TEACHER, TEACHER = "train_first_teacher", "train_teacher"
 LATENTS, LABELS = "extract_latents", "extract_labels"
 METRICS = "released_accuracy"
 _UNSET = 1.0  # noise of a mechanism before calibration
@@ -44,20 +45,27 @@ def plan_release(config: ReleaseConfig, *, num_classes: int, latent_dim: int, gr
         The plan of the release.
 
     Raises:
-        ConfigError: Budget shares that do not add up, or an accuracy to release of images without labels.
+        ConfigError: Budget shares that do not add up, a first teacher without a second, or an accuracy to release of
+            images without labels.
         AccountingError: The target cannot be met, or the accountants disagree.
     """
     records = config.max_records_per_group if grouped else 1
     if config.latent_mechanism == "dp_sgd":
+        if config.teacher.first_share > 0 and config.teacher.dp_sgd.budget_share == 0:
+            raise ConfigError(
+                f"teacher.first_share={config.teacher.first_share} pays for a teacher of the teacher, and "
+                "teacher.dp_sgd.budget_share=0 leaves that one out; set both to 0, or both above"
+            )
         mechanisms: list[tuple[MechanismPlan, float]] = [
             (_dp_sgd(AUTOENCODER, config.autoencoder.dp_sgd), config.autoencoder.dp_sgd.budget_share),
             (GaussianSumPlan(stage=PRIOR, max_norm=1.0, noise_multiplier=_UNSET), config.prior.budget_share),
             (_dp_sgd(DIFFUSION, config.diffusion.dp_sgd), config.diffusion.dp_sgd.budget_share),
+            (_dp_sgd(FIRST_TEACHER, config.teacher.dp_sgd), config.teacher.first_share),
             (_dp_sgd(TEACHER, config.teacher.dp_sgd), config.teacher.dp_sgd.budget_share),
         ]
-        if num_classes == 1:  # nothing to teach: its share goes to the others
-            *mechanisms, (_, unused) = mechanisms
-            mechanisms = [(mechanism, share / (1.0 - unused)) for mechanism, share in mechanisms]
+        if num_classes == 1:  # nothing to teach: these shares go to the others
+            *mechanisms, (_, first), (_, second) = mechanisms
+            mechanisms = [(mechanism, share / (1.0 - first - second)) for mechanism, share in mechanisms]
         mechanisms = [(mechanism, share) for mechanism, share in mechanisms if share > 0]
     else:
         shares = config.noised_latents

@@ -111,10 +111,11 @@ A two-stage differentially private latent diffusion model (Ge, Zhang and Sun, 20
 Method Based on Latent Diffusion Model*, Computer Science 51(3)). An autoencoder is trained with DP-SGD (Abadi et al.,
 2016), the private images are encoded, and a diffusion model (Karras et al., 2022) is trained on the latents, again with
 DP-SGD. New latents are drawn from the diffusion model and decoded. Where the table above has the stage
-`train_teacher`, a linear classifier, trained with DP-SGD on features that were learnt from such images, names the class
-of each. Each stage adds secret noise to what it learns; one that the table does not have learns nothing from private
-images. Images are drawn for all classes alike, whatever the shares of these among the private images;
-`model/denoiser.safetensors` holds the shares as one of the stages above measured them, with its noise.""",
+`train_teacher`, a classifier names the class of each: such images taught it first, and private ones then taught its
+last layers, with DP-SGD; where it has `train_first_teacher`, one like it named the images that taught it. Each stage
+adds secret noise to what it learns; one that the table does not have learns nothing from private images. Images are
+drawn for all classes alike, whatever the shares of these among the private images; `model/denoiser.safetensors` holds
+the shares as one of the stages above measured them, with its noise.""",
     "noised_latents": """\
 A two-stage differentially private latent diffusion model (after Ge, Zhang and Sun, 2024, *Differential Privacy Data
 Synthesis Method Based on Latent Diffusion Model*, Computer Science 51(3)). An autoencoder is trained with DP-SGD (Abadi

@@ -195,7 +195,7 @@ def audit_stages(
     latents, noise_std = stages.extract_latents(train, autoencoder, config, plan, keys.__getitem__, run)
     denoiser, _ = stages.train_diffusion(latents, noise_std, config, schema, plan, keys.__getitem__, run)
     if TEACHER in plan.stages():
-        stages.train_teacher(train, autoencoder, decoder, denoiser, config, plan, keys[TEACHER], run)
+        stages.train_teacher(train, autoencoder, decoder, denoiser, config, plan, keys.__getitem__, run)
 
 
 def audit_report(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,8 @@ from torch import Tensor
 from dpldm_core.config import ReleaseConfig
 from dpldm_core.data.schema import ImageSchema, Records, group_table, read_records
 from dpldm_core.models.autoencoder import Autoencoder, whitening
-from dpldm_core.privacy.calibration import AUTOENCODER, DIFFUSION, LABELS, LATENTS, PRIOR, TEACHER
+from dpldm_core.models.teacher import LabelTeacher
+from dpldm_core.privacy.calibration import AUTOENCODER, DIFFUSION, FIRST_TEACHER, LABELS, LATENTS, PRIOR, TEACHER
 from dpldm_core.privacy.one_shot import noisy_records
 from dpldm_core.privacy.plan import GaussianRecordPlan, GaussianSumPlan, ReleasePlan
 from dpldm_core.rng import SecretKey
@@ -27,7 +28,7 @@ from dpldm_core.training.prior import fit_released_prior, release_prior
 from dpldm_core.training.private import OnStep, TrainLoop, train_private
 from dpldm_core.training.sampling import sample_images
 from dpldm_core.training.state import load_model, save_model
-from dpldm_core.training.teacher import learn_features, train_head
+from dpldm_core.training.teacher import deformed_copies, learn_features, train_head
 from dpldm_core.training.units import Units
 
 StageKey = Callable[[str], SecretKey]
@@ -57,6 +58,16 @@ class Run:
     def device(self) -> str:
         """A GPU when there is one."""
         return "cuda" if torch.cuda.is_available() else "cpu"
+
+    def keep(self, path: Path, values: np.ndarray) -> None:
+        """Write released values into the checkpoint, atomically, and hand it over."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        with partial.open("wb") as file:
+            np.save(file, values)
+        partial.rename(path)
+        if self.on_checkpoint:
+            self.on_checkpoint()
 
     def loop(self, config: ReleaseConfig, num_classes: int) -> dict[str, object]:
         """Arguments of the shared training loop."""
@@ -215,12 +226,13 @@ def train_teacher(
     denoiser: Path,
     config: ReleaseConfig,
     plan: ReleasePlan,
-    key: SecretKey,
+    key_of: StageKey,
     run: Run,
 ) -> Path:
     """The label teacher: it learns what synthetic images look like, then, with DP-SGD, which class they belong to.
 
     The private images pass through the autoencoder first, so that the teacher meets both kinds with the same softness.
+    Where the plan has a first teacher, that one names the synthetic images that the other learns features from.
 
     Args:
         train: Private training records.
@@ -229,26 +241,44 @@ def train_teacher(
         denoiser: Public model file.
         config: The resolved configuration.
         plan: The release's plan.
-        key: Secret key of the stage.
+        key_of: Secret key of a stage; asked for before private records are read.
         run: Folder, checkpoint and callbacks.
 
     Returns:
         The teacher, a public model file.
     """
+    keys = {stage: key_of(stage) for stage in (FIRST_TEACHER, TEACHER) if stage in plan.stages()}
     records = read_records(train)
     schema = records.schema
-    teacher = new_teacher(config, schema)
     others = range(config.num_samples, config.num_samples + config.teacher.num_synthetic)
     images, labels = sample_images(decoder, denoiser, config, schema, others)
-    learn_features(teacher, images, labels, config.teacher, seed=config.seed)
     codec = new_autoencoder(config, schema)
     load_model(codec, autoencoder)
-    features = teacher.features(reconstruct(codec.to(run.device), to_tensor(records.images)))
-    units = _units(records, features, config).to(run.device)
-    mechanism = plan.mechanism(TEACHER)
-    train_head(teacher, units, mechanism, key, config.teacher, **run.loop(config, schema.num_classes))  # type: ignore[arg-type]
+    private = reconstruct(codec.to(run.device), to_tensor(records.images))
+    copies = deformed_copies(private, config.teacher, seed=config.seed)
+
+    def taught(stage: str, labels: np.ndarray, run: Run) -> LabelTeacher:
+        teacher = new_teacher(config, schema)
+        learn_features(teacher, images, labels, config.teacher, seed=config.seed)
+        units = _units(records, teacher.features(private), config)
+        if len(copies) > 0:
+            units = units.with_copies(teacher.features(copies))
+        loop = run.loop(config, schema.num_classes)
+        train_head(teacher, units.to(run.device), plan.mechanism(stage), keys[stage], config.teacher, **loop)  # type: ignore[arg-type]
+        return teacher
+
+    if FIRST_TEACHER in keys:
+        named = run.checkpoint / f"named-{run.binding}.npy" if run.checkpoint else None
+        if named and named.exists():  # by an earlier attempt: one noise, one answer
+            labels = np.load(named)
+        else:
+            first = taught(FIRST_TEACHER, labels, replace(run, checkpoint=None, on_checkpoint=None))
+            shares = load_file(denoiser)["prior.shares"]
+            labels = first.classify(images, shares, num_views=config.teacher.num_views)
+            if named:
+                run.keep(named, labels)
     path = run.folder / "teacher.safetensors"
-    save_model(teacher, path)
+    save_model(taught(TEACHER, labels, run), path)
     return path
 
 

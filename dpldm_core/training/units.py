@@ -46,6 +46,17 @@ class Units:
             "weights": present / present.sum(1, keepdim=True).clamp(min=1.0),
         }
 
+    def with_copies(self, copies: Tensor) -> Units:
+        """The same units with copies of each record beside it: a unit's records weigh less, and it no more.
+
+        Args:
+            copies: Private, float32 [n * num_copies, ...]: one copy of every record, then the next.
+        """
+        rounds = range(1 + len(copies) // len(self.values))
+        shifted = [torch.where(self.table >= 0, self.table + turn * len(self.values), -1) for turn in rounds]
+        labels = self.class_labels.repeat(len(rounds))
+        return Units(torch.cat([self.values, copies]), labels, torch.cat(shifted, dim=1))
+
     def record_weights(self) -> Tensor:
         """1 / (records of its unit) for each record in the table, 0 for records left out of it, [n]."""
         present = self.table >= 0

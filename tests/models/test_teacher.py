@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from dpldm_core.models.classifier import SmallCnn, train_classifier
-from dpldm_core.models.teacher import LabelTeacher
+from dpldm_core.models.teacher import LinearTeacher
 from tests.tasks.conftest import drawings
 
 ALIKE = torch.full((3,), 1 / 3)
@@ -15,8 +15,8 @@ ALIKE = torch.full((3,), 1 / 3)
 def fitted():
     images, labels = drawings(240)
     network = train_classifier(images, labels, num_classes=3, num_epochs=1, seed=0)
-    teacher = LabelTeacher(images.shape[1:], 3, num_features=20, ridge=1.0)
-    teacher.fit_features(network, images)
+    teacher = LinearTeacher(images.shape[1:], 3, num_features=20, ridge=1.0)
+    teacher.take(network, images)
     return teacher, network, images
 
 
@@ -54,7 +54,7 @@ def test_only_the_head_is_trainable(fitted):
 
 def test_fewer_hidden_units_than_features_keep_them_all():
     shape = (8, 8, 1)
-    teacher = LabelTeacher(shape, 2, num_features=10_000, ridge=1.0)
+    teacher = LinearTeacher(shape, 2, num_features=10_000, ridge=1.0)
     hidden = SmallCnn(shape, 2).num_hidden
     assert teacher.head.weight.shape == (2, hidden + 1)
     assert teacher.features(np.zeros((3, *shape), np.uint8)).shape == (3, hidden + 1)
@@ -64,8 +64,8 @@ def test_an_image_that_is_not_clear_is_named_by_all_of_its_views(fitted):
     """By the average of what the teacher says of each; a small image has no room to move in."""
     small, _, tiny = fitted
     images = np.random.default_rng(0).integers(0, 256, (200, 32, 32, 1), dtype=np.uint8)
-    teacher = LabelTeacher(images.shape[1:], 3, num_features=20, ridge=1.0)
-    teacher.fit_features(teacher.network, images)
+    teacher = LinearTeacher(images.shape[1:], 3, num_features=20, ridge=1.0)
+    teacher.take(teacher.network, images)
     teacher.head.weight.data.normal_(std=12.0, generator=torch.Generator().manual_seed(0))
     wide = np.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="edge")
     side = images.shape[1]
@@ -85,8 +85,8 @@ def test_an_image_that_is_not_clear_is_named_by_all_of_its_views(fitted):
 def test_a_class_is_not_named_more_often_for_being_frequent(fitted, num_views):
     """A head whose logits grew by the logarithms of some shares names every image as the head without them does."""
     images = np.random.default_rng(0).integers(0, 256, (200, 28, 28, 1), dtype=np.uint8)
-    teacher = LabelTeacher(images.shape[1:], 3, num_features=20, ridge=1.0)
-    teacher.fit_features(teacher.network, images)
+    teacher = LinearTeacher(images.shape[1:], 3, num_features=20, ridge=1.0)
+    teacher.take(teacher.network, images)
     teacher.head.weight.data.normal_(std=4.0, generator=torch.Generator().manual_seed(0))
     shares, head = torch.tensor([0.9, 0.09, 0.01]), copy.deepcopy(teacher.head)
     alike = teacher.classify(images, ALIKE, num_views=num_views)

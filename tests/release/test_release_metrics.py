@@ -185,6 +185,7 @@ def test_bundles_from_before_the_choice_are_sampled_again(tmp_path):
     (tmp_path / CONFIG).write_text(json.dumps(values))
     assert read_public_config(tmp_path) == (config, schema, 0.0)
     del values["publish_metrics"], values["evaluation"]["metrics_share"]
+    del values["teacher"]["fine_tuned"], values["teacher"]["num_copies"], values["teacher"]["first_share"]
     (tmp_path / CONFIG).write_text(json.dumps(values))
     assert read_public_config(tmp_path)[0] == config
     (tmp_path / CONFIG).write_text(json.dumps(values | {"evaluation": 3}))

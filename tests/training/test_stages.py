@@ -19,7 +19,8 @@ from dpldm_core.training.state import load_model
 from tests.tasks.conftest import drawings
 
 KEYS = {
-    name: SecretKey.generate() for name in ("train_autoencoder", "latent_prior", "train_diffusion", "train_teacher")
+    name: SecretKey.generate()
+    for name in ("train_autoencoder", "latent_prior", "train_diffusion", "train_first_teacher", "train_teacher")
 }
 
 
@@ -59,7 +60,7 @@ def trained(tmp_path_factory):
     autoencoder, decoder, curve = stages.train_codec(train, config, plan, KEYS.__getitem__, run)
     latents, noise_std = stages.extract_latents(train, autoencoder, config, plan, KEYS.__getitem__, run)
     denoiser, denoiser_curve = stages.train_diffusion(latents, noise_std, config, schema, plan, KEYS.__getitem__, run)
-    teacher = stages.train_teacher(train, autoencoder, decoder, denoiser, config, plan, KEYS["train_teacher"], run)
+    teacher = stages.train_teacher(train, autoencoder, decoder, denoiser, config, plan, KEYS.__getitem__, run)
     assert len(curve) == len(denoiser_curve) == 3, "the curves of procedural images alone, not those of private steps"
     return {
         "config": config,

@@ -30,9 +30,12 @@ CONFIG = TeacherConfig.model_validate(
         "num_epochs": 1,
         "deformation": 0.0,
         "num_views": 1,
+        "num_copies": 0,
+        "fine_tuned": False,
         "num_features": 16,
         "ridge": 1.0,
         "expected_batch_size": 200,
+        "first_share": 0.0,
         "dp_sgd": {
             "sample_rate": 0.5,
             "num_steps": STEPS,
@@ -42,6 +45,9 @@ CONFIG = TeacherConfig.model_validate(
             "budget_share": 0.5,
         },
     }
+)
+TUNED = CONFIG.model_copy(
+    update={"fine_tuned": True, "dp_sgd": CONFIG.dp_sgd.model_copy(update={"learning_rate": 0.01})}
 )
 
 
@@ -57,37 +63,60 @@ def plan_of(sigma=1.0):
     )
 
 
-@pytest.fixture(scope="module")
-def learnt():
+def learnt(config):
     """A teacher that has learnt its features, and units whose true classes are not those it was shown."""
     images, labels = drawings(N)
-    teacher = build_teacher(CONFIG, images.shape[1:], 3)
-    learn_features(teacher, images[:200], labels[:200], CONFIG, seed=0)
+    teacher = build_teacher(config, images.shape[1:], 3)
+    learn_features(teacher, images[:200], labels[:200], config, seed=0)
     private = torch.from_numpy((labels + 1) % 3)
     return teacher, images, Units(teacher.features(images), private, torch.arange(N)[:, None])
 
 
 @pytest.fixture
-def setting(learnt):
-    teacher, images, units = learnt
-    return copy.deepcopy(teacher), images, units
+def setting():
+    return learnt(CONFIG)
+
+
+@pytest.fixture(params=[CONFIG, TUNED], ids=["linear", "fine_tuned"])
+def either(request):
+    return request.param, *learnt(request.param)
 
 
 def accuracy(teacher, images, units):
     return (teacher.classify(images, ALIKE) == units.class_labels.numpy()).mean()
 
 
-def test_the_head_learns_what_the_private_labels_say(setting):
-    teacher, images, units = setting
-    train_head(teacher, units, plan_of(sigma=1.0), KEY, CONFIG, **LOOP)
-    assert accuracy(teacher, images, units) > 0.9
+def test_the_head_learns_what_the_private_labels_say(either):
+    config, teacher, images, units = either
+    before = accuracy(teacher, images, units)
+    train_head(teacher, units, plan_of(sigma=1.0), KEY, config, **LOOP)
+    assert before < 0.5 and accuracy(teacher, images, units) > 0.9
 
 
-def test_noise_that_drowns_the_gradients_teaches_nothing(setting):
+def test_noise_that_drowns_the_gradients_teaches_nothing(either):
     """The negative control: the head depends on the data through the noisy sums alone."""
-    teacher, images, units = setting
-    train_head(teacher, units, plan_of(sigma=3000.0), KEY, CONFIG, **LOOP)
+    config, teacher, images, units = either
+    train_head(teacher, units, plan_of(sigma=3000.0), KEY, config, **LOOP)
     assert accuracy(teacher, images, units) < 0.7
+
+
+def test_a_fine_tuned_network_starts_from_what_synthetic_images_taught_it(setting):
+    """It says what the public trainer's network says; private steps move all dense weights and no other."""
+    images, labels = drawings(200)
+    teacher = build_teacher(TUNED, images.shape[1:], 3)
+    learn_features(teacher, images, labels, TUNED, seed=5)
+    network = train_classifier(images, labels, num_classes=3, num_epochs=TUNED.num_epochs, seed=5)
+    with torch.no_grad():
+        logits = network(torch.from_numpy(images).permute(0, 3, 1, 2))
+        assert torch.allclose(teacher.head(teacher.features(images)), logits, atol=1e-4)
+        assert torch.allclose(teacher.head.train()(teacher.features(images[7:8])), logits[7:8], atol=1e-4)
+    before = copy.deepcopy(teacher.state_dict())
+    units = Units(teacher.features(images), torch.from_numpy(labels), torch.arange(len(labels))[:, None])
+    train_head(teacher, units, plan_of().model_copy(update={"max_batch_size": 200}), KEY, TUNED, **LOOP)
+    moved = {name for name, value in teacher.state_dict().items() if not torch.equal(before[name], value)}
+    assert moved == {"head.0.weight", "head.0.bias", "head.2.weight", "head.2.bias"}
+    with torch.no_grad():
+        assert torch.equal(teacher.network(torch.from_numpy(images).permute(0, 3, 1, 2)), logits)
 
 
 def test_features_are_those_of_the_synthetic_images_alone(setting):
@@ -115,8 +144,8 @@ def test_the_network_learns_from_deformed_images(setting):
     assert not all(torch.equal(plain[name], value) for name, value in same.items())
 
 
-def test_neighbours_differ_by_one_clipped_gradient(setting):
-    teacher, _, units = setting
+def test_neighbours_differ_by_one_clipped_gradient(either):
+    _, teacher, _, units = either
     plan = plan_of()
     book = BookKeeping(teacher.head, max_norm=plan.max_grad_norm)
 
@@ -148,8 +177,8 @@ def test_the_step_is_that_of_momentum_on_the_mean_gradient(setting):
     assert seen["learning_rate"] == pytest.approx(30.0 * sigma * 0.5 / 200)
 
 
-def test_a_killed_head_resumes_bit_for_bit(setting, tmp_path):
-    teacher, images, units = setting
+def test_a_killed_head_resumes_bit_for_bit(either, tmp_path):
+    config, teacher, images, units = either
 
     def fresh():
         return copy.deepcopy(teacher)
@@ -162,10 +191,11 @@ def test_a_killed_head_resumes_bit_for_bit(setting, tmp_path):
             raise KilledError
 
     whole, parts = fresh(), fresh()
-    train_head(whole, units, plan_of(), KEY, CONFIG, **LOOP)
+    train_head(whole, units, plan_of(), KEY, config, **LOOP)
     with pytest.raises(KilledError):
-        train_head(parts, units, plan_of(), KEY, CONFIG, checkpoint=tmp_path, on_step=kill, **LOOP)
+        train_head(parts, units, plan_of(), KEY, config, checkpoint=tmp_path, on_step=kill, **LOOP)
     resumed = fresh()
-    train_head(resumed, units, plan_of(), KEY, CONFIG, checkpoint=tmp_path, **LOOP)
-    assert torch.equal(whole.head.weight, resumed.head.weight)
+    train_head(resumed, units, plan_of(), KEY, config, checkpoint=tmp_path, **LOOP)
+    pairs = zip(whole.head.parameters(), resumed.head.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
     assert np.array_equal(whole.classify(images, ALIKE), resumed.classify(images, ALIKE))
