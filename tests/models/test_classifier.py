@@ -39,6 +39,19 @@ def test_a_stronger_deformation_moves_further_and_0_does_nothing():
     assert distances[0] == 0 and distances == sorted(distances) and distances[1] > 0
 
 
+def test_given_draws_deform_all_images_alike():
+    pixels = torch.rand(5, 1, 28, 28).expand(5, -1, -1, -1) * 255
+    way = torch.tensor([1.0, 0.3, 0.6, 0.2, 0.9, 0.1])
+    before = torch.random.get_rng_state()
+    moved = deform(pixels, 1.0, way)
+    assert torch.equal(torch.random.get_rng_state(), before), "no draw of its own"
+    for i in range(5):
+        assert torch.equal(deform(pixels[i : i + 1], 1.0, way)[0], moved[i])
+    assert not torch.equal(deform(pixels, 1.0, 1 - way), moved)
+    middle = deform(pixels, 1.0, torch.full((6,), 0.5))  # no turn, no scale, no shift
+    assert float((middle - pixels).abs().max()) < 0.01
+
+
 @pytest.mark.parametrize(("side", "channels"), [(8, 1), (32, 3), (64, 3)])
 def test_deformation_fits_any_image_and_moves_all_channels_alike(side, channels):
     pixels = bright_squares(12, side, channels)

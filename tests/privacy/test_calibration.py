@@ -167,6 +167,27 @@ def test_a_stage_with_share_0_is_not_in_the_bill_and_the_rest_gets_all(left_out)
     assert 0.998 * 3 <= plan.epsilon() <= 3
 
 
+def test_a_first_teacher_is_billed_beside_the_second():
+    teacher = {"first_share": 0.05, "dp_sgd": {"budget_share": 0.1}}
+    labelled, plain = (
+        plan_release(config(teacher=teacher), num_classes=k, latent_dim=16, grouped=False) for k in (10, 1)
+    )
+    others = ["train_autoencoder", "latent_prior", "train_diffusion"]
+    assert labelled.stages() == [*others, "train_first_teacher", "train_teacher"] and plain.stages() == others
+    for plan in (labelled, plain):
+        assert 0.998 * 3 <= plan.epsilon() <= 3
+    first, second = (labelled.mechanism(stage) for stage in labelled.stages()[-2:])
+    assert first.noise_multiplier > second.noise_multiplier
+    same = {"stage": "", "noise_multiplier": 1.0}
+    assert first.model_copy(update=same) == second.model_copy(update=same)
+
+
+def test_a_first_teacher_without_a_second_is_refused():
+    teacher = {"first_share": 0.15, "dp_sgd": {"budget_share": 0.0}}
+    with pytest.raises(ConfigError, match=r"teacher\.first_share=0\.15 pays for .* set both to 0, or both above"):
+        plan_release(config(teacher=teacher), num_classes=10, latent_dim=16, grouped=False)
+
+
 def test_a_release_bills_every_stage_that_reads_private_data():
     plan = plan_release(config(), num_classes=10, latent_dim=16, grouped=False)
     assert [(m.stage, type(m)) for m in plan.mechanisms] == [

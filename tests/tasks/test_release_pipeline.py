@@ -174,6 +174,21 @@ def test_stages_with_share_0_are_neither_billed_nor_booked(machine, small_mnist,
     assert verify_bundle(resample_pipeline(bundle=result.bundle, num_samples=10).bundle).num_samples == 10
 
 
+def test_two_teachers_are_billed_and_booked_and_the_second_is_published(machine, small_mnist, ledger):
+    settings = "{fine_tuned: true, num_copies: 1, first_share: 0.05, dp_sgd: {learning_rate: 0.003, budget_share: 0.1}}"
+    (machine / "c.yaml").write_text(f"teacher: {settings}\n")
+    result = release(small_mnist, config=str(machine / "c.yaml"))
+    bundle = machine / "releases" / result.release_id
+    found = verify_bundle(bundle, strict=True)
+    expected = [*STAGES[:-1], "train_first_teacher", "train_teacher"]
+    assert [e.stage for e in found.report.events] == expected and 4.95 <= result.epsilon <= 5.0
+    [entry] = ledger.books().entries.values()
+    assert sorted(entry.stages) == sorted(expected) and entry.state == "published"
+    assert {p.stem for p in (bundle / "model").iterdir()} == {"decoder", "denoiser", "teacher"}
+    assert "`train_first_teacher`" in (bundle / "README.md").read_text()
+    assert verify_bundle(resample_pipeline(bundle=result.bundle, num_samples=10).bundle).num_samples == 10
+
+
 # What goes wrong
 
 

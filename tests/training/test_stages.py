@@ -182,6 +182,67 @@ def test_the_teacher_learns_its_features_from_other_samples_than_are_published(t
         assert torch.allclose(stored[f"network.{name}"].float(), value.float(), atol=1e-4), name
 
 
+@pytest.fixture(scope="module")
+def taught_twice(trained, tmp_path_factory):
+    """What :func:`stages.train_teacher` takes for a release with two teachers and copies of the private images."""
+    values = trained["config"].model_dump()
+    values["teacher"] |= {"first_share": 0.05, "num_copies": 1, "deformation": 1.0, "num_views": 2}
+    values["teacher"]["dp_sgd"]["budget_share"] = 0.1
+    config = type(trained["config"]).model_validate(values)
+    plan = plan_release(config, num_classes=3, latent_dim=16, grouped=False)
+    autoencoder = trained["folder"] / "autoencoder.safetensors"
+    return (trained["train"], autoencoder, trained["decoder"], trained["denoiser"], config, plan)
+
+
+def watched(inputs, folder, key_of=KEYS.__getitem__, **run):
+    """Teach; the teacher's weights, (plan, key, units, checkpoint) of each head, and the labels each network learnt."""
+    seen, labels_seen = [], []
+    learn, head = stages.learn_features, stages.train_head
+
+    def spy_learn(teacher, images, labels, config, *, seed):
+        labels_seen.append(labels.copy())
+        learn(teacher, images, labels, config, seed=seed)
+
+    def spy_head(teacher, units, plan, key, config, **loop):
+        seen.append((plan, key, units, loop["checkpoint"]))
+        head(teacher, units, plan, key, config, **loop)
+
+    folder.mkdir()
+    with mock.patch.multiple(stages, learn_features=spy_learn, train_head=spy_head):
+        path = stages.train_teacher(*inputs, key_of, stages.Run(folder, **run))
+    return load_file(path), seen, labels_seen
+
+
+def test_the_second_teacher_learns_what_the_first_one_says(trained, taught_twice, tmp_path):
+    *_, config, plan = taught_twice
+    asked = []
+    read = stages.read_records
+    key_of = lambda stage: asked.append(stage) or KEYS[stage]  # noqa: E731
+    with mock.patch.object(stages, "read_records", lambda path: asked.append("read") or read(path)):
+        _, seen, labels = watched(taught_twice, tmp_path / "run", key_of)
+    assert asked == ["train_first_teacher", "train_teacher", "read"], "committed before private records are read"
+    assert [(p, key) for p, key, _, _ in seen] == [(plan.mechanism(s), KEYS[s]) for s in asked[:2]]
+    others = range(config.num_samples, config.num_samples + config.teacher.num_synthetic)
+    _, drawn_for = draw(trained, others)
+    assert np.array_equal(labels[0], drawn_for) and not np.array_equal(labels[1], drawn_for)
+    for _, _, units, _ in seen:
+        assert units.table.shape == (len(units.values) // 2, 2), "a record and its copy are one unit"
+
+
+def test_an_interrupted_second_teacher_goes_on_from_the_names_that_the_first_one_gave(taught_twice, tmp_path):
+    kept = tmp_path / "kept"
+    saved = []
+    once, seen, labels = watched(
+        taught_twice, tmp_path / "a", binding="b", checkpoint=kept, on_checkpoint=lambda: saved.append(1)
+    )
+    assert [checkpoint for *_, checkpoint in seen] == [None, kept] and saved == [1]
+    again, seen, same = watched(taught_twice, tmp_path / "b", binding="b", checkpoint=kept)
+    assert [p.stage for p, *_ in seen] == ["train_teacher"] and np.array_equal(same[0], labels[1])
+    assert all(torch.equal(again[name], value) for name, value in once.items())
+    _, seen, _ = watched(taught_twice, tmp_path / "c", binding="other", checkpoint=tmp_path / "kept")
+    assert len(seen) == 2, "the names of another plan or data set are not taken"
+
+
 def test_stages_that_the_plan_leaves_out_learn_from_procedural_images_alone(trained, tmp_path):
     """Whatever the private images are: the decoder, and the denoiser around the prior, are those of the public seed."""
     config, schema = trained["config"], trained["schema"]

@@ -11,7 +11,7 @@ from dpldm_core.privacy.clipping import BookKeeping
 from dpldm_core.privacy.plan import DpSgdPlan
 from dpldm_core.rng import SecretKey
 from dpldm_core.training.private import train_private
-from dpldm_core.training.teacher import build_teacher, learn_features, teacher_loss, train_head
+from dpldm_core.training.teacher import build_teacher, deformed_copies, learn_features, teacher_loss, train_head
 from dpldm_core.training.units import Units
 from tests.tasks.conftest import drawings
 
@@ -144,8 +144,24 @@ def test_the_network_learns_from_deformed_images(setting):
     assert not all(torch.equal(plain[name], value) for name, value in same.items())
 
 
-def test_neighbours_differ_by_one_clipped_gradient(either):
+def test_a_copy_is_a_function_of_its_record_alone():
+    """Neighbour property: without a record, the copies of all others are what they were, bit for bit."""
+    images = np.random.default_rng(0).integers(0, 256, (1003, 12, 12, 1), dtype=np.uint8)  # more than one batch
+    config = CONFIG.model_copy(update={"deformation": 1.0, "num_copies": 3})
+    copies = deformed_copies(images, config, seed=4).reshape(3, *images.shape)
+    assert copies.dtype == np.uint8 and not any(np.array_equal(a, b) for a, b in ((copies[0], images), copies[1:]))
+    for left_out in (0, 7, 1002):
+        fewer = deformed_copies(np.delete(images, left_out, axis=0), config, seed=4)
+        assert np.array_equal(fewer.reshape(3, 1002, 12, 12, 1), np.delete(copies, left_out, axis=1))
+    assert deformed_copies(images, CONFIG, seed=4).shape == (0, 12, 12, 1)
+
+
+@pytest.mark.parametrize("num_copies", [0, 2])
+def test_neighbours_differ_by_one_clipped_gradient(either, num_copies):
     _, teacher, _, units = either
+    if num_copies > 0:
+        moves = torch.randn(num_copies, *units.values.shape, generator=torch.Generator().manual_seed(0))
+        units = units.with_copies((units.values + 0.5 * moves).flatten(0, 1))
     plan = plan_of()
     book = BookKeeping(teacher.head, max_norm=plan.max_grad_norm)
 

@@ -39,6 +39,20 @@ def test_fetch_gives_each_unit_its_own_records():
     assert units.num_units == 4
 
 
+def test_copies_stay_with_their_record_and_give_its_unit_no_more_weight():
+    units = make_units()
+    copies = torch.cat([units.values + 10, units.values + 20])
+    more = units.with_copies(copies)
+    assert more.num_units == units.num_units and torch.equal(units.table, TABLE)
+    batch, plain = more.fetch(torch.arange(4)), units.fetch(torch.arange(4))
+    torch.testing.assert_close(batch["weights"], plain["weights"].repeat(1, 3) / 3)
+    for turn, columns in enumerate(batch["values"].split(3, dim=1)):
+        there = plain["weights"] > 0
+        torch.testing.assert_close(columns[there], plain["values"][there] + 10 * turn)
+        assert (columns[~there] == 0).all()
+    assert torch.equal(batch["class_labels"], plain["class_labels"].repeat(1, 3))
+
+
 def clipped(units, model, i):
     """Clipped gradient of unit i, as it goes into the sum when all units are in the batch."""
     book = BookKeeping(model, max_norm=0.1)
