@@ -5,17 +5,15 @@ A preset depends on public facts only: the declared or well-known number of reco
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import fsspec
-import yaml
 from pydantic import ValidationError
 
 from dpldm_core.config import ReleaseConfig
 from dpldm_core.errors import ConfigError, unknown_name
+from dpldm_core.overrides import explain, merge
 
 # Assumed when own data comes without a declared num_records: it moves speed and quality, never the guarantee.
 REFERENCE_RECORDS = 4_000
@@ -296,9 +294,9 @@ def resolve_config(
         "seed": 0,
     }
     try:
-        return ReleaseConfig.model_validate(_merge(values, overrides))
+        return ReleaseConfig.model_validate(merge(values, overrides))
     except ValidationError as error:
-        raise ConfigError(_explain(error)) from None
+        raise ConfigError(explain(error)) from None
 
 
 def check_delta(delta: float, num_records: int) -> None:
@@ -312,54 +310,3 @@ def check_delta(delta: float, num_records: int) -> None:
             f"delta={delta} must be below 1 / (number of records) = {1.0 / num_records:.2g}: a larger one would allow "
             f"a mechanism that publishes one person's record. Use {0.1 / num_records:.0e} or less"
         )
-
-
-def load_overrides(path: str) -> dict[str, Any]:
-    """Overrides from a JSON or YAML file, local or remote; an empty path gives none.
-
-    Raises:
-        ConfigError: The file is missing or holds no mapping.
-    """
-    if not path:
-        return {}
-    try:
-        with fsspec.open(path, "rt") as file:
-            text = file.read()
-        values = json.loads(text) if path.endswith(".json") else yaml.safe_load(text)
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ConfigError(f"config={path!r} cannot be read as JSON or YAML: {error}") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"config={path!r} must hold a mapping of fields, for example {{seed: 1}}")
-    return values
-
-
-def _merge(values: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(values)
-    for key, value in overrides.items():
-        current = merged.get(key)
-        merged[key] = _merge(current, value) if isinstance(current, dict) and isinstance(value, Mapping) else value
-    return merged
-
-
-def _explain(error: ValidationError) -> str:
-    """One line a field: its path, the value and what is allowed; an unknown key comes with the nearest known one."""
-    lines = []
-    for problem in error.errors():
-        path = ".".join(str(part) for part in problem["loc"])
-        if problem["type"] == "extra_forbidden":
-            lines.append(str(unknown_name("config key", path, _field_paths())))
-        else:
-            lines.append(f"{path}={problem['input']!r}: {problem['msg']}")
-    return "; ".join(lines)
-
-
-def _field_paths() -> list[str]:
-    def walk(model: Any, prefix: str) -> list[str]:
-        paths = []
-        for name, field in model.model_fields.items():
-            paths.append(prefix + name)
-            if hasattr(field.annotation, "model_fields"):
-                paths += walk(field.annotation, f"{prefix}{name}.")
-        return paths
-
-    return walk(ReleaseConfig, "")

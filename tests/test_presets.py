@@ -4,7 +4,8 @@ import pytest
 
 from dpldm_core.config import ReleaseConfig
 from dpldm_core.errors import ConfigError
-from dpldm_core.presets import MECHANISMS, PRESETS, check_delta, load_overrides, resolve_config
+from dpldm_core.overrides import load_overrides
+from dpldm_core.presets import MECHANISMS, PRESETS, check_delta, resolve_config
 from dpldm_core.privacy.calibration import plan_release
 
 

@@ -13,7 +13,8 @@ from dpldm_core.config import AuditNote, ReleaseConfig
 from dpldm_core.data.schema import ImageSchema
 from dpldm_core.data.sources import BUILTIN_DATASETS, load_dataset
 from dpldm_core.errors import ConfigError
-from dpldm_core.presets import check_delta, load_overrides, resolve_config
+from dpldm_core.overrides import load_overrides
+from dpldm_core.presets import check_delta, resolve_config
 from dpldm_core.privacy.calibration import PRIOR, plan_release, relation_of
 from dpldm_core.privacy.plan import DpSgdPlan, LabelPlan, ReleasePlan, check_expected_batch
 from dpldm_core.release.bundle import check_target

@@ -11,7 +11,7 @@ from pathlib import Path
 import fsspec
 
 from dpldm_core.errors import ConfigError
-from dpldm_core.presets import load_overrides
+from dpldm_core.overrides import load_overrides
 from dpldm_core.release.bundle import METRICS, REPORT, local_copy
 from dpldm_core.release.metrics import ReleasedMetrics
 from dpldm_core.release.opening import check_request
