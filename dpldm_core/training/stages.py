@@ -27,7 +27,7 @@ from dpldm_core.training.diffusion import pretrain_denoiser, train_denoiser, tra
 from dpldm_core.training.prior import fit_released_prior, release_prior
 from dpldm_core.training.private import OnStep, TrainLoop, train_private
 from dpldm_core.training.sampling import sample_images
-from dpldm_core.training.state import load_model, save_model
+from dpldm_core.training.state import load_model, load_names, save_model, save_names
 from dpldm_core.training.teacher import deformed_copies, learn_features, train_head
 from dpldm_core.training.units import Units
 
@@ -58,16 +58,6 @@ class Run:
     def device(self) -> str:
         """A GPU when there is one."""
         return "cuda" if torch.cuda.is_available() else "cpu"
-
-    def keep(self, path: Path, values: np.ndarray) -> None:
-        """Write released values into the checkpoint, atomically, and hand it over."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        with partial.open("wb") as file:
-            np.save(file, values)
-        partial.rename(path)
-        if self.on_checkpoint:
-            self.on_checkpoint()
 
     def loop(self, config: ReleaseConfig, num_classes: int) -> dict[str, object]:
         """Arguments of the shared training loop."""
@@ -268,15 +258,16 @@ def train_teacher(
         return teacher
 
     if FIRST_TEACHER in keys:
-        named = run.checkpoint / f"named-{run.binding}.npy" if run.checkpoint else None
-        if named and named.exists():  # by an earlier attempt: one noise, one answer
-            labels = np.load(named)
-        else:
+        names = load_names(run.checkpoint, run.binding) if run.checkpoint else None
+        if names is None:  # else an earlier attempt asked: one noise, one answer
             first = taught(FIRST_TEACHER, labels, replace(run, checkpoint=None, on_checkpoint=None))
             shares = load_file(denoiser)["prior.shares"]
-            labels = first.classify(images, shares, num_views=config.teacher.num_views)
-            if named:
-                run.keep(named, labels)
+            names = first.classify(images, shares, num_views=config.teacher.num_views)
+            if run.checkpoint:
+                save_names(names, run.checkpoint, run.binding)
+            if run.on_checkpoint:
+                run.on_checkpoint()
+        labels = names
     path = run.folder / "teacher.safetensors"
     save_model(taught(TEACHER, labels, run), path)
     return path

@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -39,11 +40,7 @@ class TrainState:
         tensors |= {f"ema.{k}": v for k, v in self.ema.model.state_dict().items()}
         for i, values in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{i}.{k}": v for k, v in values.items()}
-        folder.mkdir(parents=True, exist_ok=True)
-        target, partial = folder / "state.safetensors", folder / "state.partial"
-        metadata = {"dpldm": json.dumps({"step": self.step, "binding": self.binding})}
-        save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, partial, metadata=metadata)
-        partial.rename(target)
+        _write(folder / "state.safetensors", tensors, {"step": self.step, "binding": self.binding})
 
     def restore(self, folder: Path) -> bool:
         """Load the state of a previous attempt into this one.
@@ -57,18 +54,7 @@ class TrainState:
         path = folder / "state.safetensors"
         if not path.exists():
             return False
-        try:
-            with safe_open(path, framework="pt") as file:
-                header = json.loads(file.metadata()["dpldm"])
-                step, binding = int(header["step"]), str(header["binding"])
-                tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 - not a mapping
-        except Exception as error:
-            raise CheckpointError(f"checkpoint {path} cannot be read: {error}") from error
-        if binding != self.binding:
-            raise CheckpointError(
-                f"checkpoint {path} belongs to another plan, data set or code version; resuming it here would charge "
-                "the wrong events. Remove it to start this stage anew"
-            )
+        step, tensors = _read(path, self.binding)
 
         def part(prefix: str) -> dict[str, torch.Tensor]:
             return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
@@ -82,6 +68,45 @@ class TrainState:
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
         self.step = step
         return True
+
+
+def save_names(labels: np.ndarray, folder: Path, binding: str) -> None:
+    """Write what a first teacher said of synthetic images, int64 [n], atomically, beside the state of the second."""
+    _write(folder / "names.safetensors", {"names": torch.from_numpy(labels)}, {"step": 0, "binding": binding})
+
+
+def load_names(folder: Path, binding: str) -> np.ndarray | None:
+    """What :func:`save_names` wrote, or None when there is nothing.
+
+    Raises:
+        CheckpointError: It is damaged, or belongs to another plan, data set or code.
+    """
+    path = folder / "names.safetensors"
+    return _read(path, binding)[1]["names"].numpy() if path.exists() else None
+
+
+def _write(path: Path, tensors: dict[str, torch.Tensor], header: dict[str, int | str]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    metadata = {"dpldm": json.dumps(header)}
+    save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, partial, metadata=metadata)
+    partial.rename(path)
+
+
+def _read(path: Path, expected: str) -> tuple[int, dict[str, torch.Tensor]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads(file.metadata()["dpldm"])
+            step, binding = int(header["step"]), str(header["binding"])
+            tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 - not a mapping
+    except Exception as error:
+        raise CheckpointError(f"checkpoint {path} cannot be read: {error}") from error
+    if binding != expected:
+        raise CheckpointError(
+            f"checkpoint {path} belongs to another plan, data set or code version; resuming it here would charge "
+            "the wrong events. Remove it to start this stage anew"
+        )
+    return step, tensors
 
 
 def save_model(model: nn.Module, path: Path) -> None:

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from dpldm_core.data.ingest import ingest_dataset
 from dpldm_core.data.schema import write_records
+from dpldm_core.errors import CheckpointError
 from dpldm_core.models.classifier import train_classifier
 from dpldm_core.presets import resolve_config
 from dpldm_core.privacy.calibration import plan_release
@@ -239,8 +240,11 @@ def test_an_interrupted_second_teacher_goes_on_from_the_names_that_the_first_one
     again, seen, same = watched(taught_twice, tmp_path / "b", binding="b", checkpoint=kept)
     assert [p.stage for p, *_ in seen] == ["train_teacher"] and np.array_equal(same[0], labels[1])
     assert all(torch.equal(again[name], value) for name, value in once.items())
-    _, seen, _ = watched(taught_twice, tmp_path / "c", binding="other", checkpoint=tmp_path / "kept")
-    assert len(seen) == 2, "the names of another plan or data set are not taken"
+    with pytest.raises(CheckpointError, match=r"names.* belongs to another plan, data set or code version"):
+        watched(taught_twice, tmp_path / "c", binding="other", checkpoint=kept)
+    (kept / "names.safetensors").write_bytes(b"cut off")
+    with pytest.raises(CheckpointError, match=r"names.* cannot be read"):
+        watched(taught_twice, tmp_path / "d", binding="b", checkpoint=kept)
 
 
 def test_stages_that_the_plan_leaves_out_learn_from_procedural_images_alone(trained, tmp_path):
