@@ -124,8 +124,8 @@ def _teach_twice(values: dict[str, Any]) -> None:
     """Two teachers with many weights, whose features are learnt at length; half of the prior's budget pays."""
     values["prior"]["budget_share"] = 0.25
     values["diffusion"]["dp_sgd"]["budget_share"] = 0.4
-    values["teacher"] |= {"num_synthetic": 60_000, "num_epochs": 6, "num_copies": 2, "fine_tuned": True}
-    values["teacher"]["first_share"] = 0.1
+    values["teacher"] |= {"num_synthetic": 180_000, "num_epochs": 6, "deformation": 0.5, "num_copies": 2}
+    values["teacher"] |= {"fine_tuned": True, "first_share": 0.1}
     values["teacher"]["dp_sgd"] |= {"learning_rate": 3e-3, "budget_share": 0.2}
 
 
