@@ -56,7 +56,7 @@ def _preset_of(result: dict) -> str:
     sections = [("", now[name] | BEFORE | config[name], now[name]) for name in names]
     sections += [("private ", had["dp_sgd"], has["dp_sgd"]) for _, had, has in sections if "dp_sgd" in has]
     then = [
-        f"{kind}{field} {had[field]:.3g}"
+        f"{kind}{field} {had[field]:{',' if isinstance(had[field], int) else '.3g'}}"
         for kind, had, has in sections
         for field, value in has.items()
         if field not in ("num_samples", "dp_sgd") and had[field] != value
