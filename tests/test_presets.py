@@ -74,8 +74,10 @@ def test_few_records_or_little_epsilon_leave_the_teacher_out(preset):
         (5_000, 1.0, False),
     ):
         config = resolve(preset=preset, public_num_records=records, epsilon=epsilon)
-        plan = plan_release(config, num_classes=10, latent_dim=196, grouped=False)
-        assert ("train_teacher" in plan.stages()) == taught
+        assert (config.teacher.dp_sgd.budget_share > 0) == taught
+        if preset == "quick":  # a plan takes seconds, and goes by the shares alone
+            plan = plan_release(config, num_classes=10, latent_dim=196, grouped=False)
+            assert ("train_teacher" in plan.stages()) == taught
     undeclared = [resolve(preset=preset, public_num_records=None, epsilon=e) for e in (1.0, 10.0)]
     assert [c.teacher.dp_sgd.budget_share > 0 for c in undeclared] == [False, True], "4,000 records are assumed"
 
@@ -94,8 +96,9 @@ def test_long_has_two_fine_tuned_teachers_where_budget_is_plenty(preset):
         assert config.teacher.fine_tuned == (config.teacher.first_share > 0) == twice
         assert (config.prior.budget_share == 0.25) == (config.teacher.num_copies > 0) == twice
         assert (config.teacher.dp_sgd.learning_rate < 1) == twice, "for gradients of unit noise"
-        plan = plan_release(config, num_classes=10, latent_dim=196, grouped=False)
-        assert ("train_first_teacher" in plan.stages()) == twice
+        if preset == "long":
+            plan = plan_release(config, num_classes=10, latent_dim=196, grouped=False)
+            assert ("train_first_teacher" in plan.stages()) == twice
 
 
 def test_overrides_change_single_fields_only():
