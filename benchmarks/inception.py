@@ -104,12 +104,12 @@ def main() -> None:
     extractor, real = inception_extractor(arguments.inception_weights), {}
     for name in arguments.names:
         release = json.loads((QUALITY / f"{name}.json").read_text())
-        dataset = release["dataset"]
+        dataset = release["config"]["dataset"]  # a name, or the file that quality.py was given
         if dataset not in real:
             limits = {"data_root": arguments.data_root, "num_images": arguments.num_images}
             real[dataset] = real_features(dataset, extractor, **limits)
         found = measure(Path(arguments.images) / name, real[dataset], extractor, num_images=arguments.num_images)
-        result = {"dataset": dataset, "epsilon": release["config"]["epsilon"], "preset": release["preset"]}
+        result = {"dataset": release["dataset"], "epsilon": release["config"]["epsilon"], "preset": release["preset"]}
         RESULTS.mkdir(parents=True, exist_ok=True)
         path = RESULTS / f"{name}.json"
         path.write_text(json.dumps(result | found | {"machine": describe_machine()}, indent=1) + "\n")
