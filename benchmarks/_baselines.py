@@ -36,7 +36,8 @@ Drawn = tuple[np.ndarray, np.ndarray]
 
 _FEATURES, _LENGTH_SCALE = 2_000, 10.0  # of DP-MERF's random features, on pixels in [0, 1]
 _STEPS, _SIGMA_MIN, _SIGMA_MAX = 20, 0.04, 80.0  # of DPDM's sampler: from noise that drowns all to none
-_CODE, _ITERATIONS, _BATCH = 5, 1_500, 500  # of its generator
+_CODE, _ITERATIONS = 5, 1_500  # of its generator
+_BATCH = 500  # images at a time
 
 
 def one_shot_prior(records: Records, config: ReleaseConfig) -> Drawn:
@@ -53,7 +54,9 @@ def one_shot_prior(records: Records, config: ReleaseConfig) -> Drawn:
     labels = torch.arange(config.num_samples) % schema.num_classes
     noise = torch.randn(len(labels), codec.latent_dim, generator=torch.Generator().manual_seed(config.seed))
     with torch.no_grad():
-        return to_uint8(codec.decoder(prior.sample(noise, labels))), labels.numpy()
+        chunks = zip(noise.split(_BATCH), labels.split(_BATCH), strict=True)
+        images = [to_uint8(codec.decoder(prior.sample(*chunk))) for chunk in chunks]
+    return np.concatenate(images), labels.numpy()
 
 
 def dp_merf(records: Records, config: ReleaseConfig) -> Drawn:
