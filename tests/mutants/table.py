@@ -552,10 +552,10 @@ MUTANTS = (
         "epsilons_of_events_are_added",
         "epsilons added instead of events composed",
         ACCOUNTING,
-        "    accountant = PLDAccountant(relation, interval)\n",
+        "    event = _written_out(compose(events))\n",
         "    if len(events) > 1:\n"
         "        return sum(epsilon([e], delta, relation, interval=interval) for e in events)\n"
-        "    accountant = PLDAccountant(relation, interval)\n",
+        "    event = _written_out(compose(events))\n",
         (f"{T_ACCOUNTING}events_are_composed_never_their_epsilons_added", f"{T_ACCOUNTING}anchors"),
     ),
     Mutant(
@@ -984,8 +984,8 @@ MUTANTS = (
         "randomized_response_is_charged_once",
         BEYOND,
         ACCOUNTING,
-        "accountant.compose(_written_out(compose(events)))",
-        "accountant.compose(compose(events))",
+        "    event = _written_out(compose(events))\n",
+        "    event = compose(events)\n",
         (f"{T_ACCOUNTING}randomized_response_equals_enumeration_from_above",),
     ),
     Mutant(

@@ -151,8 +151,28 @@ def test_every_discretisation_is_an_upper_bound(relation):
 
 
 def test_the_share_of_delta_for_cut_batches_is_kept_back(monkeypatch):
+    accounting._pld_epsilon.cache_clear()
     monkeypatch.setattr(accounting.PLDAccountant, "get_epsilon", lambda self, delta: delta)
     assert epsilon([ONE_SHOT], DELTA, ADD_REMOVE) == KEPT < DELTA
+    accounting._pld_epsilon.cache_clear()
+
+
+def test_only_a_question_equal_in_every_part_is_answered_from_memory(monkeypatch):
+    accounting._pld_epsilon.cache_clear()
+    true, asked = accounting.PLDAccountant.get_epsilon, []
+    monkeypatch.setattr(accounting.PLDAccountant, "get_epsilon", lambda *a: asked.append(a) or true(*a))
+    first = epsilon([ONE_SHOT, AUTOENCODER], DELTA, ADD_REMOVE)
+    read = [event_from_json(event_to_json(event)) for event in (ONE_SHOT, AUTOENCODER)]
+    assert epsilon(read, DELTA, ADD_REMOVE) == first and len(asked) == 1
+    others = {
+        epsilon([ONE_SHOT, poisson_gaussian_event(0.1, 1.5, 31)], DELTA, ADD_REMOVE),
+        epsilon([ONE_SHOT, AUTOENCODER], 2 * DELTA, ADD_REMOVE),
+        epsilon([ONE_SHOT, AUTOENCODER], DELTA, REPLACE),
+        epsilon([ONE_SHOT, AUTOENCODER], DELTA, ADD_REMOVE, interval=2e-3),
+    }
+    assert len(asked) == 5 and first not in others and len(others) == 4
+    listed = compose([compose([ONE_SHOT]), AUTOENCODER])
+    assert epsilon([listed], DELTA, ADD_REMOVE) == first
 
 
 @given(st.floats(1e-3, 50.0), st.floats(1e-12, 0.1))
