@@ -11,7 +11,7 @@ itself under REPLACE_ONE. (RdpAccountant does not, so it is never asked under RE
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from importlib.metadata import version
 from typing import Any
@@ -41,7 +41,6 @@ __all__ = [
     "randomized_response_event",
     "rdp_epsilon",
     "relation_from_name",
-    "solve_scale",
 ]
 
 VALUE_DISCRETIZATION_INTERVAL = 1e-3
@@ -156,9 +155,14 @@ def _written_out(event: DpEvent) -> DpEvent:
 def rdp_epsilon(events: Sequence[DpEvent], delta: float) -> float:
     """Epsilon under ADD_OR_REMOVE_ONE by Renyi DP (Mironov et al. 2019): looser than PLD, an upper alarm."""
     # Integer orders: exact for sampled Gaussians, while fractional ones fail to converge at low noise.
-    orders = [*range(2, 65), *range(72, 257, 8), 512, 1024, 4096, 16384]
-    accountant = RdpAccountant(orders, neighboring_relation=NeighboringRelation.ADD_OR_REMOVE_ONE)
-    return float(accountant.compose(compose(events)).get_epsilon(delta))
+    found = math.inf
+    for orders in ([*range(2, 65), *range(72, 257, 8), 512], [1024, 4096, 16384]):
+        accountant = RdpAccountant(orders, neighboring_relation=NeighboringRelation.ADD_OR_REMOVE_ONE)
+        bound, best = accountant.compose(compose(events)).get_epsilon_and_optimal_order(delta)
+        found = min(found, float(bound))
+        if best != orders[-1]:
+            break  # large orders take long, and are the best for tiny epsilons alone
+    return found
 
 
 def cross_check(events: Sequence[DpEvent], delta: float, relation: NeighboringRelation) -> dict[str, float]:
@@ -271,7 +275,6 @@ def event_from_json(data: dict[str, Any]) -> DpEvent:
     cls = getattr(dpe, name, None)
     if not (isinstance(cls, type) and issubclass(cls, dpe.DpEvent)):
         raise AccountingError(f"event class_name={name!r} is unknown to dp-accounting {version('dp-accounting')}")
-
     count = data.get("count", 1)
     if isinstance(count, bool) or not isinstance(count, int) or count < 1:
         raise AccountingError(f"event {name} holds count={count!r}, which is not a whole number of releases")
@@ -289,61 +292,6 @@ def event_from_json(data: dict[str, Any]) -> DpEvent:
         return cls(**{k: build(v) for k, v in data.items() if k != "class_name"})
     except TypeError as error:
         raise AccountingError(f"event {name} has wrong fields: {error}") from None
-
-
-def solve_scale(
-    events_of: Callable[[float], Sequence[DpEvent]],
-    target_epsilon: float,
-    delta: float,
-    relation: NeighboringRelation,
-    *,
-    rel_tol: float = 2e-3,
-) -> float:
-    """The scale at which a family of event lists costs the target epsilon, never more.
-
-    Args:
-        events_of: Events for a scale mu > 0; cost must grow with mu (mu is a total Gaussian-DP parameter).
-        target_epsilon: Epsilon asked for.
-        delta: Delta asked for.
-        relation: Neighbouring relation of the statement.
-        rel_tol: The epsilon found lies in [(1 - rel_tol) target, target].
-
-    Returns:
-        The scale: bracketed around that of one Gaussian release, then found by Brent's method in log space.
-
-    Raises:
-        AccountingError: No scale meets the target.
-    """
-    aim = math.log(target_epsilon * (1 - rel_tol / 2))
-    coarse = VALUE_DISCRETIZATION_INTERVAL * min(4.0, max(1.0, target_epsilon / 2))
-    tried: dict[float, float] = {}
-
-    def excess(log_scale: float) -> float:
-        if log_scale not in tried:
-            tried[log_scale] = epsilon(events_of(math.exp(log_scale)), delta, relation, interval=coarse)
-        return math.log(max(tried[log_scale], 1e-12)) - aim
-
-    low = high = math.log(
-        gaussian_mu(target_epsilon, delta) / (2.0 if relation is NeighboringRelation.REPLACE_ONE else 1.0)
-    )
-    while excess(low) > 0:
-        low -= 0.3
-        if low < math.log(1e-6):
-            raise AccountingError(f"epsilon={target_epsilon} is too small for this plan at delta={delta}")
-    while excess(high) < 0:
-        high += 0.3
-        if high > math.log(1e3):
-            raise AccountingError(f"epsilon={target_epsilon} cannot be spent by this plan at delta={delta}")
-    if low < high:
-        brentq(excess, low, high, xtol=rel_tol / 10)
-    found = max(x for x, spent in tried.items() if spent <= target_epsilon)
-    # A coarse bound is looser, so this scale is safe; epsilon grows about as it does, which gives the rest back.
-    spent = epsilon(events_of(math.exp(found)), delta, relation)
-    if spent < (1 - rel_tol) * target_epsilon:
-        raised = found + aim - math.log(max(spent, 1e-12))
-        if epsilon(events_of(math.exp(raised)), delta, relation) <= target_epsilon:
-            found = raised
-    return math.exp(found)
 
 
 def accountant_versions() -> dict[str, str]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+
+from scipy.optimize import brentq
 
 from dpldm_core.config import DpSgdConfig, ReleaseConfig
 from dpldm_core.errors import AccountingError, ConfigError
 from dpldm_core.privacy import accounting
-from dpldm_core.privacy.accounting import NeighboringRelation
+from dpldm_core.privacy.accounting import DpEvent, NeighboringRelation
 from dpldm_core.privacy.plan import (
     DpSgdPlan,
     GaussianRecordPlan,
@@ -157,12 +159,67 @@ def calibrate(
         return [_with_mu(plan, mu * math.sqrt(share), target_epsilon, delta) for plan, share in mechanisms]
 
     neighboring = accounting.relation_from_name(relation)
-    mu = accounting.solve_scale(lambda x: [m.event() for m in scaled(x)], target_epsilon, delta, neighboring)
+    mu = solve_scale(lambda x: [m.event() for m in scaled(x)], target_epsilon, delta, neighboring)
     calibrated = tuple(_with_public_cap(m, num_records) for m in scaled(mu))
     plan = ReleasePlan(mechanisms=calibrated, delta=delta, relation=relation, unit_of_privacy=unit_of_privacy)
     accounting.cross_check(plan.events(), delta, neighboring)
     _check_truncation(plan)
     return plan
+
+
+def solve_scale(
+    events_of: Callable[[float], Sequence[DpEvent]],
+    target_epsilon: float,
+    delta: float,
+    relation: NeighboringRelation,
+    *,
+    rel_tol: float = 2e-3,
+) -> float:
+    """The scale at which a family of event lists costs the target epsilon, never more.
+
+    Args:
+        events_of: Events for a scale mu > 0; cost must grow with mu (mu is a total Gaussian-DP parameter).
+        target_epsilon: Epsilon asked for.
+        delta: Delta asked for.
+        relation: Neighbouring relation of the statement.
+        rel_tol: The epsilon found lies in [(1 - rel_tol) target, target].
+
+    Returns:
+        The scale: bracketed around that of one Gaussian release, then found by Brent's method in log space.
+
+    Raises:
+        AccountingError: No scale meets the target.
+    """
+    aim = math.log(target_epsilon * (1 - rel_tol / 2))
+    coarse = accounting.VALUE_DISCRETIZATION_INTERVAL * min(4.0, max(1.0, target_epsilon / 2))
+    tried: dict[float, float] = {}
+
+    def excess(log_scale: float) -> float:
+        if log_scale not in tried:
+            tried[log_scale] = accounting.epsilon(events_of(math.exp(log_scale)), delta, relation, interval=coarse)
+        return math.log(max(tried[log_scale], 1e-12)) - aim
+
+    low = high = math.log(
+        accounting.gaussian_mu(target_epsilon, delta) / (2.0 if relation is NeighboringRelation.REPLACE_ONE else 1.0)
+    )
+    while excess(low) > 0:
+        low -= 0.3
+        if low < math.log(1e-6):
+            raise AccountingError(f"epsilon={target_epsilon} is too small for this plan at delta={delta}")
+    while excess(high) < 0:
+        high += 0.3
+        if high > math.log(1e3):
+            raise AccountingError(f"epsilon={target_epsilon} cannot be spent by this plan at delta={delta}")
+    if low < high:
+        brentq(excess, low, high, xtol=rel_tol / 10)
+    found = max(x for x, spent in tried.items() if spent <= target_epsilon)
+    # A coarse bound is looser, so this scale is safe; epsilon grows about as it does, which gives the rest back.
+    spent = accounting.epsilon(events_of(math.exp(found)), delta, relation)
+    if spent < (1 - rel_tol) * target_epsilon:
+        raised = found + aim - math.log(max(spent, 1e-12))
+        if accounting.epsilon(events_of(math.exp(raised)), delta, relation) <= target_epsilon:
+            found = raised
+    return math.exp(found)
 
 
 def _check_truncation(plan: ReleasePlan) -> None:

@@ -3,6 +3,7 @@ import json
 import math
 
 import pytest
+from dp_accounting.rdp import RdpAccountant
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import brentq
@@ -25,8 +26,8 @@ from dpldm_core.privacy.accounting import (
     randomized_response_event,
     rdp_epsilon,
     relation_from_name,
-    solve_scale,
 )
+from dpldm_core.privacy.calibration import solve_scale
 
 ADD_REMOVE, REPLACE = NeighboringRelation.ADD_OR_REMOVE_ONE, NeighboringRelation.REPLACE_ONE
 DELTA = 1e-5
@@ -216,6 +217,14 @@ def test_pld_lies_between_prv_and_rdp(q, sigma, steps):
     events = [poisson_gaussian_event(q, sigma, steps), gaussian_event(8.0)]
     checks = cross_check(events, DELTA, ADD_REMOVE)
     assert checks["prv_lower"] <= checks["pld"] <= checks["rdp"] == rdp_epsilon(events, DELTA)
+
+
+@pytest.mark.parametrize(("q", "sigma", "steps"), [(0.1, 0.7, 200), (1.0, 5.0, 1), (1.0, 2_000.0, 1), (0.01, 90.0, 10)])
+def test_large_orders_of_rdp_are_asked_where_they_are_the_best(q, sigma, steps):
+    orders = [*range(2, 65), *range(72, 257, 8), 512, 1024, 4096, 16384]
+    all_at_once = RdpAccountant(orders).compose(poisson_gaussian_event(q, sigma, steps))
+    asked = rdp_epsilon([poisson_gaussian_event(q, sigma, steps)], DELTA)
+    assert asked == pytest.approx(all_at_once.get_epsilon(DELTA), rel=1e-12)
 
 
 def test_replace_one_lies_between_its_bounds():

@@ -215,7 +215,7 @@ def test_released_latents_meet_their_target_under_replace_one():
 @pytest.fixture
 def uncalibrated(monkeypatch):
     """Plans whose shape is right and whose noise is not: for what calibration does not touch."""
-    monkeypatch.setattr("dpldm_core.privacy.accounting.solve_scale", lambda *a: 1.0)
+    monkeypatch.setattr("dpldm_core.privacy.calibration.solve_scale", lambda *a: 1.0)
     monkeypatch.setattr("dpldm_core.privacy.accounting.cross_check", lambda *a: {})
 
 
