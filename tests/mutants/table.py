@@ -984,8 +984,8 @@ MUTANTS = (
         "randomized_response_is_charged_once",
         BEYOND,
         ACCOUNTING,
-        "    event = _written_out(compose(events))\n",
-        "    event = compose(events)\n",
+        "event.event, dpe.GaussianDpEvent | dpe.PoissonSampledDpEvent",
+        "event.event, dpe.GaussianDpEvent | dpe.PoissonSampledDpEvent | dpe.RandomizedResponseDpEvent",
         (f"{T_ACCOUNTING}randomized_response_equals_enumeration_from_above",),
     ),
     Mutant(
