@@ -278,9 +278,21 @@ def dp_step_table() -> str:
     )
 
 
+def overhead_table() -> str:
+    """What benchmarks/overhead.py found, in a sentence."""
+    result = json.loads((HERE / "results" / "overhead.json").read_text())
+    machine = result["machine"]
+    return (
+        f"All else of a release, imports and bookkeeping included, takes {result['median_of_later']:.0f} seconds (median of "
+        f"{len(result['rounds']) - 1}), {result['first']:.0f} where the MLflow store is new ({machine['cores']} cores, "
+        f"{machine['processor']}; `benchmarks/overhead.py`)."
+    )
+
+
 TABLES = {
     "quality": quality_table,
     "stages": stages_table,
+    "overhead": overhead_table,
     "inception": inception_table,
     "guidance": guidance_table,
     "ablation": ablation_table,

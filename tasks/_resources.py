@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import hashlib
 import os
 import secrets
@@ -25,6 +27,7 @@ CPU_IMAGE = "{{.image.cpu.fqn}}:{{.image.cpu.version}}"
 GPU_IMAGE = "{{.image.gpu.fqn}}:{{.image.gpu.version}}"
 _PROCESS = secrets.token_hex(8)
 _CORE = Path(__file__).resolve().parent.parent / "dpldm_core"
+atexit.register(gc.freeze)  # else Python searches all of torch and MLflow for cycles, two seconds long, before it exits
 
 
 @cache
