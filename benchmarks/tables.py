@@ -283,8 +283,8 @@ def overhead_table() -> str:
     result = json.loads((HERE / "results" / "overhead.json").read_text())
     machine = result["machine"]
     return (
-        f"All else of a release, imports and bookkeeping included, takes {result['median_of_later']:.0f} seconds (median of "
-        f"{len(result['rounds']) - 1}), {result['first']:.0f} where the MLflow store is new ({machine['cores']} cores, "
+        f"All else of a release, imports and bookkeeping included, takes {result['median_of_later']:.0f} seconds (median "
+        f"of {len(result['rounds']) - 1}), {result['first']:.0f} where the MLflow store is new ({machine['cores']} cores, "
         f"{machine['processor']}; `benchmarks/overhead.py`)."
     )
 
