@@ -281,11 +281,11 @@ def dp_step_table() -> str:
 def overhead_table() -> str:
     """What benchmarks/overhead.py found, in a sentence."""
     result = json.loads((HERE / "results" / "overhead.json").read_text())
-    machine = result["machine"]
+    machine, later = result["machine"], len(result["rounds"]) - 1
     return (
-        f"All else of a release, imports and bookkeeping included, takes {result['median_of_later']:.0f} seconds (median "
-        f"of {len(result['rounds']) - 1}), {result['first']:.0f} where the MLflow store is new ({machine['cores']} cores, "
-        f"{machine['processor']}; `benchmarks/overhead.py`)."
+        "All else of a release, imports and bookkeeping included, takes "
+        f"{result['median_of_later']:.0f} seconds (median of {later}), {result['first']:.0f} where the MLflow store is "
+        f"new ({machine['cores']} cores, {machine['processor']}; `benchmarks/overhead.py`)."
     )
 
 
