@@ -128,7 +128,7 @@ def epsilon(
     event = _written_out(compose(events))
     try:
         return _pld_epsilon(event, delta, relation, interval)
-    except (dp_accounting.UnsupportedEventError, TypeError) as error:  # one that holds a list is no key of a memory
+    except dp_accounting.UnsupportedEventError as error:
         raise AccountingError(f"the PLD accountant does not know an event under {relation.name}: {error}") from error
 
 
