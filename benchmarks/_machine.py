@@ -18,8 +18,6 @@ def describe_machine() -> dict[str, object]:
     model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
     flags = next((line.split(":")[1].split() for line in lines if line.startswith("flags")), [])
     known = [name for name in ("avx2", "avx512f", "avx512_bf16", "amx_tile") if name in flags]
-    git = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    revision = subprocess.run(git, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
     return {
         "processor": model,
         "instructions": known,
@@ -29,5 +27,16 @@ def describe_machine() -> dict[str, object]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "dp_accounting": version("dp-accounting"),
-        "git": revision,
+        "git": _revision(),
     }
+
+
+def _revision() -> str:
+    """The commit, with -dirty behind it where files other than results differ from it."""
+
+    def git(*arguments: str) -> str:
+        found = subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=Path(__file__).parent)
+        return found.stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)benchmarks/results")
+    return git("describe", "--always", "--abbrev=12") + ("-dirty" if changed else "")
