@@ -11,6 +11,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dpldm_core.presets import REFERENCE_RECORDS, preset_values
+from dpldm_core.privacy import accounting
 
 HERE = Path(__file__).resolve().parent
 README = HERE.parent / "README.md"
@@ -27,6 +28,7 @@ MADE = (
     "sample",
     "publish",
 )
+TITLES = {"mnist": "MNIST", "fashion_mnist": "Fashion-MNIST"}  # of the data sets that everybody publishes
 BASELINES = {"one_shot_prior": "one-shot prior", "dp_merf": "DP-MERF", "pixel_dpdm": "DPDM on pixels"}
 
 # What results did that were made before there was such a field.
@@ -233,6 +235,45 @@ def variety_table() -> str:
     return "\n".join(rows)
 
 
+def published_table() -> str:
+    """Accuracy and cost beside published methods, first by their small-CNN protocol, then as DPImageBench measures."""
+    published = json.loads((HERE / "published.json").read_text())
+    small, other = published["small_cnn"], published["dpimagebench"]
+    columns = [(dataset, epsilon) for dataset in TITLES for epsilon in ("0.2", "1", "10")]
+    head = " | ".join(f"{TITLES[dataset]}, {epsilon}" for dataset, epsilon in columns)
+    rule = "|" + "---|" * (len(columns) + 2)
+
+    def cells(accuracy: dict[str, dict[str, float]]) -> str:
+        return " | ".join(f"{accuracy[d][e]:.1f}" if e in accuracy.get(d, {}) else "-" for d, e in columns)
+
+    rows = [f"| method | {head} | cost of one release |", rule]
+    rows += [f"| {found['method']} | {cells(found['accuracy'])} | {found['cost']} |" for found in small["methods"]]
+    for preset in ("cpu", "long"):
+        own = [r for r in results_of_quality() if r["dataset"] in TITLES and _preset_of(r) == preset]
+        accuracy: dict[str, dict[str, float]] = {}
+        for r in own:
+            mean = 100 * r["measured"]["train_on_synthetic_accuracy"]["mean"]
+            accuracy.setdefault(r["dataset"], {})[f"{r['config']['epsilon']:g}"] = mean
+        hours = [sum(r["stages"][name]["cpu_seconds"] for name in MADE) / 3600 for r in own]
+        cost = f"{min(hours):.1f} to {max(hours):.1f} hours of one CPU core"
+        rows.append(f"| **dpldm, preset {preset}** | {cells(accuracy)} | {cost} |")
+    rows += ["", f"{small['source']}.", "", f"| method | {head} | images used that are public |", rule]
+    rows += [f"| {found['method']} | {cells(found['accuracy'])} | {found['public']} |" for found in other["methods"]]
+    rows += ["", f"{other['source']}: another protocol, not to be compared row by row with the first."]
+    return "\n".join([*rows, f"At its delta {_at(other['delta'])}."])
+
+
+def _at(delta: float) -> str:
+    """What releases of MNIST with preset cpu cost at another delta."""
+    own = [r for r in results_of_quality() if r["dataset"] == "mnist" and _preset_of(r) == "cpu"]
+    found = []
+    for r in sorted(own, key=lambda r: r["epsilon"]):
+        events = [accounting.event_from_json(item["event"]) for item in r["events"]]
+        relation = accounting.relation_from_name(r["neighboring_relation"])
+        found.append(f"{accounting.epsilon(events, delta, relation):.2f} ({r['epsilon']:.2f} at {r['delta']:g})")
+    return f"MNIST's releases with preset cpu have epsilon {', '.join(found)}"
+
+
 def audit_table() -> str:
     """One row per result file of benchmarks/audit.py: bounds of the true code, and which faults exceed the claim."""
     rows = [
@@ -290,6 +331,7 @@ def overhead_table() -> str:
 
 
 TABLES = {
+    "published": published_table,
     "quality": quality_table,
     "stages": stages_table,
     "overhead": overhead_table,
