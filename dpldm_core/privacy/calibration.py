@@ -197,17 +197,21 @@ def solve_scale(
     def excess(log_scale: float) -> float:
         if log_scale not in tried:
             tried[log_scale] = accounting.epsilon(events_of(math.exp(log_scale)), delta, relation, interval=coarse)
-        return math.log(max(tried[log_scale], 1e-12)) - aim
+        missed = math.log(max(tried[log_scale], 1e-12)) - aim
+        return 0.0 if abs(missed) < rel_tol / 4 else missed  # near enough: the search ends there
+
+    def stride(missed: float) -> float:
+        return min(1.3 * missed, 1.0)  # epsilon grows about as the scale does: mostly one stride is enough
 
     low = high = math.log(
         accounting.gaussian_mu(target_epsilon, delta) / (2.0 if relation is NeighboringRelation.REPLACE_ONE else 1.0)
     )
     while excess(low) > 0:
-        low -= 0.3
+        low -= stride(excess(low))
         if low < math.log(1e-6):
             raise AccountingError(f"epsilon={target_epsilon} is too small for this plan at delta={delta}")
     while excess(high) < 0:
-        high += 0.3
+        high += stride(-excess(high))
         if high > math.log(1e3):
             raise AccountingError(f"epsilon={target_epsilon} cannot be spent by this plan at delta={delta}")
     if low < high:
@@ -225,8 +229,7 @@ def solve_scale(
 def _check_truncation(plan: ReleasePlan) -> None:
     """Refuse a plan whose cut batches could cost more than the share of delta that is kept for them."""
     mass = sum(m.num_steps * m.truncation_probability for m in plan.mechanisms if isinstance(m, DpSgdPlan))
-    coarse = 4 * accounting.VALUE_DISCRETIZATION_INTERVAL  # still an upper bound, and fast
-    replaced = accounting.epsilon(plan.events(), plan.delta, NeighboringRelation.REPLACE_ONE, interval=coarse)
+    replaced = plan.epsilon(NeighboringRelation.REPLACE_ONE)
     worst = (1.0 + math.exp(min(replaced, 600.0))) * mass
     if worst > accounting.TRUNCATION_DELTA_SHARE * plan.delta:
         raise AccountingError(f"cut batches may cost {worst:.3g} of delta, more than is kept for them")

@@ -22,8 +22,10 @@ def prv_epsilon(steps: Sequence[tuple[float, float, int]], delta: float) -> tupl
     Returns:
         (lower, upper): bounds on epsilon, twice the error of 0.05 apart.
     """
-    from opacus.accountants import PRVAccountant
+    from opacus.accountants import PRVAccountant, RDPAccountant
 
+    # RDP says how far PRV's grid must reach: whole orders take it further at most, and fractional ones take a second
+    RDPAccountant.DEFAULT_ALPHAS = list(range(2, 64))
     eps_error = 0.05
     accountant = PRVAccountant()
     accountant.history = list(steps)

@@ -299,7 +299,7 @@ def test_solved_scale_anchor():
         return [AUTOENCODER, poisson_gaussian_event(Q, 1 / scale, 3000), ONE_SHOT]
 
     scale = solve_scale(events, 8.0, DELTA, ADD_REMOVE)
-    assert 1 / scale == pytest.approx(3.28, rel=2e-3)
+    assert 1 / scale == pytest.approx(3.28, rel=4e-3)  # epsilon is within 2e-3, and grows more slowly than the scale
     assert 8.0 * (1 - 2e-3) <= epsilon(events(scale), DELTA, ADD_REMOVE) <= 8.0
 
 
