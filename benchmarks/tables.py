@@ -327,7 +327,7 @@ def overhead_table() -> str:
     machine, later = result["machine"], len(result["rounds"]) - 1
     return (
         "Start-up, imports, bookkeeping and publication of a release, all but its stages and its evaluation, take "
-        f"{result['median_of_later']:.0f} seconds (median of {later}), {result['first']:.0f} where the MLflow store is "
+        f"{result['median_of_later']:.1f} seconds (median of {later}), {result['first']:.0f} where the MLflow store is "
         f"new ({machine['cores']} cores, {machine['processor']}; `benchmarks/overhead.py`)."
     )
 
