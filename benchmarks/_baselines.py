@@ -20,7 +20,7 @@ from dpldm_core.diffusion.sampler import dpm_sampler, sample_noise
 from dpldm_core.diffusion.schedule import sampling_sigmas
 from dpldm_core.models.autoencoder import whitening
 from dpldm_core.models.prior import GaussianPrior
-from dpldm_core.privacy.calibration import DIFFUSION, PRIOR, calibrate, relation_of
+from dpldm_core.privacy.calibration import COVARIANCES, DIFFUSION, MEANS, calibrate, relation_of
 from dpldm_core.privacy.one_shot import noisy_sum
 from dpldm_core.privacy.plan import DpSgdPlan, GaussianSumPlan, MechanismPlan
 from dpldm_core.rng import SecretKey
@@ -48,9 +48,10 @@ def one_shot_prior(records: Records, config: ReleaseConfig) -> Drawn:
     )
     units = _units(records, encode(codec, to_tensor(records.images)))
     prior = GaussianPrior(schema.num_classes, codec.latent_dim)
-    plan = _calibrated(GaussianSumPlan(stage=PRIOR, max_norm=1.0, noise_multiplier=1.0), config)
+    share = config.prior.mean_share
+    plans = _calibrated(config, (_gaussian_sum(MEANS), share), (_gaussian_sum(COVARIANCES), 1.0 - share))
     white = whitening(codec.encoder.transform.latent_shape)
-    release_prior(prior, units, plan, SecretKey.generate(), config.prior, white)
+    release_prior(prior, units, (plans[0], plans[1]), lambda stage: SecretKey.generate(), config.prior, white)
     labels = torch.arange(config.num_samples) % schema.num_classes
     noise = torch.randn(len(labels), codec.latent_dim, generator=torch.Generator().manual_seed(config.seed))
     with torch.no_grad():
@@ -75,7 +76,7 @@ def dp_merf(records: Records, config: ReleaseConfig) -> Drawn:
         angles = x @ frequencies
         return torch.cat([angles.cos(), angles.sin()], dim=1) / math.sqrt(_FEATURES // 2)  # rows of norm 1
 
-    plan = _calibrated(GaussianSumPlan(stage="dp_merf", max_norm=1.0, noise_multiplier=1.0), config)
+    (plan,) = _calibrated(config, (_gaussian_sum("dp_merf"), 1.0))
     key, labels = SecretKey.generate(), torch.from_numpy(records.labels)
     sums = []
     for label in range(schema.num_classes):  # a record is in one class: the stacked sums move by at most 1
@@ -118,7 +119,7 @@ def pixel_dpdm(records: Records, config: ReleaseConfig) -> Drawn:
     shape = schema.channels, schema.height, schema.width
     model = build_denoiser(settings, latent_shape=shape, num_classes=schema.num_classes, seed=config.seed)
     model.prior.variances.fill_(settings.sigma_data**2)  # mean 0: its denoiser is c_skip x
-    plan = _calibrated(_dp_sgd(settings.dp_sgd), config)
+    (plan,) = _calibrated(config, (_dp_sgd(settings.dp_sgd), 1.0))
     units = _units(records, to_tensor(records.images).flatten(1))
     run = Run(None).loop(config, schema.num_classes)  # type: ignore[arg-type]
     trained = train_denoiser(model, units, plan, SecretKey.generate(), settings, **run)  # type: ignore[arg-type]
@@ -168,6 +169,10 @@ def _units(records: Records, values: Tensor) -> Units:
     return Units(values, torch.from_numpy(records.labels), torch.arange(len(values))[:, None])
 
 
+def _gaussian_sum(stage: str) -> GaussianSumPlan:
+    return GaussianSumPlan(stage=stage, max_norm=1.0, noise_multiplier=1.0)
+
+
 def _dp_sgd(settings: DpSgdConfig) -> DpSgdPlan:
     return DpSgdPlan(
         stage=DIFFUSION,
@@ -179,14 +184,14 @@ def _dp_sgd(settings: DpSgdConfig) -> DpSgdPlan:
     )
 
 
-def _calibrated(mechanism: MechanismPlan, config: ReleaseConfig) -> Any:
-    """The mechanism alone, at the release's whole epsilon and delta."""
+def _calibrated(config: ReleaseConfig, *mechanisms: tuple[MechanismPlan, float]) -> list[Any]:
+    """The mechanisms with these shares of the budget, together at the release's whole epsilon and delta."""
     plan = calibrate(
-        [(mechanism, 1.0)],
+        mechanisms,
         target_epsilon=config.epsilon,
         delta=config.delta,
         relation=relation_of(config.latent_mechanism),
         unit_of_privacy="one record",
         num_records=config.num_records,
     )
-    return plan.mechanism(mechanism.stage)
+    return list(plan.mechanisms)

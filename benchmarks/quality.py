@@ -30,7 +30,7 @@ from tables import MADE
 from dpldm_core.data.ingest import ingest_dataset
 from dpldm_core.data.schema import read_records
 from dpldm_core.models.classifier import SmallCnn, train_classifier
-from dpldm_core.privacy.calibration import DIFFUSION, PRIOR, TEACHER
+from dpldm_core.privacy.calibration import COVARIANCES, DIFFUSION, MEANS, TEACHER
 from dpldm_core.privacy.report import recompute
 from dpldm_core.release.measuring import FIRST_SEED, evaluate_files
 from dpldm_core.release.opening import Decision, check_request, decide
@@ -111,7 +111,7 @@ def with_earlier_stages(result: dict, earlier: dict) -> dict:
     Raises:
         SystemExit: With the denoiser's true bill the release costs more than its plan says.
     """
-    paid = {event["stage"]: event for event in earlier["events"] if event["stage"] in (PRIOR, DIFFUSION)}
+    paid = {event["stage"]: event for event in earlier["events"] if event["stage"] in (MEANS, COVARIANCES, DIFFUSION)}
     result["events"] = [paid.get(event["stage"], event) for event in result["events"]]
     epsilon, replace_one = recompute(result)
     if epsilon > result["epsilon"]:

@@ -45,6 +45,8 @@ class PriorConfig(_Frozen):
     """The one-shot Gaussian prior that stage 2 starts from."""
 
     clip_norm: float = Field(gt=0, description="L2 norm of a latent over sqrt(latent_dim) that it is clipped to")
+    covariance_clip_norm: float = Field(gt=0, description="the same of its difference from the released class mean")
+    mean_share: float = Field(gt=0, lt=1, description="of the prior's budget, for means; the rest is for covariances")
     variance_floor: float = Field(gt=0, description="smallest variance of a latent direction")
     class_weight: float = Field(ge=0, le=1, description="trust in class covariances below the noise edge")
     budget_share: float = Field(gt=0, le=1, description="share of the squared Gaussian-DP budget")

@@ -48,7 +48,14 @@ def _quick(num_records: int) -> dict[str, Any]:
                 256, num_records, num_steps=40, max_grad_norm=0.1, learning_rate=2e-3, ema_decay=0.9, budget_share=0.05
             ),
         },
-        "prior": {"clip_norm": 0.9, "variance_floor": 0.01, "class_weight": 0.2, "budget_share": 0.5},
+        "prior": {
+            "clip_norm": 0.9,
+            "covariance_clip_norm": 0.65,
+            "mean_share": 0.2,
+            "variance_floor": 0.01,
+            "class_weight": 0.2,
+            "budget_share": 0.5,
+        },
         "diffusion": {
             "width": 32,
             "depth": 4,

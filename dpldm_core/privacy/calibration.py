@@ -22,7 +22,8 @@ from dpldm_core.privacy.plan import (
     chernoff_cap,
 )
 
-AUTOENCODER, PRIOR, DIFFUSION = "train_autoencoder", "latent_prior", "train_diffusion"
+AUTOENCODER, DIFFUSION = "train_autoencoder", "train_diffusion"
+MEANS, COVARIANCES = "latent_means", "latent_covariances"
 FIRST_TEACHER, TEACHER = "train_first_teacher", "train_teacher"
 LATENTS, LABELS = "extract_latents", "extract_labels"
 METRICS = "released_accuracy"
@@ -60,7 +61,8 @@ def plan_release(config: ReleaseConfig, *, num_classes: int, latent_dim: int, gr
             )
         mechanisms: list[tuple[MechanismPlan, float]] = [
             (_dp_sgd(AUTOENCODER, config.autoencoder.dp_sgd), config.autoencoder.dp_sgd.budget_share),
-            (GaussianSumPlan(stage=PRIOR, max_norm=1.0, noise_multiplier=_UNSET), config.prior.budget_share),
+            (_gaussian_sum(MEANS), config.prior.budget_share * config.prior.mean_share),
+            (_gaussian_sum(COVARIANCES), config.prior.budget_share * (1.0 - config.prior.mean_share)),
             (_dp_sgd(DIFFUSION, config.diffusion.dp_sgd), config.diffusion.dp_sgd.budget_share),
             (_dp_sgd(FIRST_TEACHER, config.teacher.dp_sgd), config.teacher.first_share),
             (_dp_sgd(TEACHER, config.teacher.dp_sgd), config.teacher.dp_sgd.budget_share),
@@ -110,6 +112,10 @@ def _with_metrics(
         )
     counts = HistogramPlan(stage=METRICS, num_bins=2, max_records_per_unit=records, noise_multiplier=_UNSET)
     return [*((mechanism, own * (1.0 - share)) for mechanism, own in mechanisms), (counts, share)]
+
+
+def _gaussian_sum(stage: str) -> GaussianSumPlan:
+    return GaussianSumPlan(stage=stage, max_norm=1.0, noise_multiplier=_UNSET)
 
 
 def _dp_sgd(stage: str, config: DpSgdConfig) -> DpSgdPlan:

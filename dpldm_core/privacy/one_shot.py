@@ -1,4 +1,4 @@
-"""One-shot mechanisms: sum, mean, principal axes, class moments and histogram, each by a single noisy sum.
+"""One-shot mechanisms: sum, mean, principal axes and histogram, each by a single noisy sum.
 
 Weights of records sum to at most 1 over one unit (1 for a record that is its own unit); where a sum is released in
 parts, one unit's stacked contribution has norm 1. What is made of the noisy sum afterwards is post-processing.
@@ -32,7 +32,6 @@ class Split:
     second: float
 
 
-CLASS_MOMENTS = Split(0.1, 0.5, math.sqrt(1 - 0.1**2 - 0.5**2))
 MEAN = Split(0.1, math.sqrt(1 - 0.1**2), 0.0)
 SECOND = Split(0.0, 0.0, 1.0)
 
@@ -69,27 +68,6 @@ class PrincipalAxes:
     second_std: float
 
 
-@dataclass(frozen=True)
-class ClassMoments:
-    """Released statistics of each class, with the noise they carry. Public once released.
-
-    Args:
-        counts: Units per class, [classes].
-        means: [classes, d].
-        second_moments: Mean outer products, [classes, d, d].
-        count_std: Noise standard deviation of a count.
-        mean_std: Noise standard deviation of a coordinate of (count times mean).
-        second_std: Noise standard deviation of an off-diagonal entry of (count times second moment).
-    """
-
-    counts: Tensor
-    means: Tensor
-    second_moments: Tensor
-    count_std: float
-    mean_std: float
-    second_std: float
-
-
 def clip_rows(vectors: Tensor, max_norm: float) -> Tensor:
     """Rows scaled down to an L2 norm of at most ``max_norm``, float64; rows that are not finite become zero."""
     rows = vectors.double()
@@ -103,7 +81,7 @@ def sum_contributions(vectors: Tensor, weights: Tensor, *, max_norm: float) -> T
 
 
 def moment_contributions(vectors: Tensor, weights: Tensor, *, clip_norm: float, split: Split) -> Tensor:
-    """The exact sum that mean, axes and class moments are read from: one unit moves it by at most 1 in L2.
+    """The exact sum that means, axes and covariances are read from: one unit moves it by at most 1 in L2.
 
     A record adds w (COUNT, MEAN v / R, SECOND v v^T / R^2), where v is clipped to R.
 
@@ -124,23 +102,6 @@ def moment_contributions(vectors: Tensor, weights: Tensor, *, clip_norm: float, 
     return torch.cat(parts)
 
 
-def class_contributions(
-    vectors: Tensor, class_labels: Tensor, weights: Tensor, *, num_classes: int, clip_norm: float
-) -> Tensor:
-    """The exact sum that :func:`noisy_class_moments` releases: one unit moves it by at most 1 in L2.
-
-    Returns:
-        float64 [num_classes, 1 + d + d (d + 1) / 2]: :func:`moment_contributions` of each class.
-    """
-    of_class = (class_labels == label for label in range(num_classes))
-    return torch.stack(
-        [
-            moment_contributions(vectors[rows], weights[rows], clip_norm=clip_norm, split=CLASS_MOMENTS)
-            for rows in of_class
-        ]
-    )
-
-
 def noisy_sum(plan: GaussianSumPlan, key: SecretKey, vectors: Tensor, weights: Tensor) -> Tensor:
     """Weighted sum of vectors clipped to the plan's norm.
 
@@ -153,7 +114,7 @@ def noisy_sum(plan: GaussianSumPlan, key: SecretKey, vectors: Tensor, weights: T
     Returns:
         The released sum, float64 [d]; each coordinate's noise has standard deviation ``noise_multiplier * max_norm``.
     """
-    return _released(plan, key, sum_contributions(vectors, weights, max_norm=plan.max_norm))
+    return release_sum(plan, key, sum_contributions(vectors, weights, max_norm=plan.max_norm))
 
 
 def noisy_mean(
@@ -174,8 +135,8 @@ def noisy_mean(
     Raises:
         ValueError: The plan is for another sensitivity.
     """
-    _check_unit_norm(plan)
-    noisy = _released(plan, key, moment_contributions(vectors, weights, clip_norm=clip_norm, split=MEAN))
+    check_unit_norm(plan)
+    noisy = release_sum(plan, key, moment_contributions(vectors, weights, clip_norm=clip_norm, split=MEAN))
     count = float(noisy[0]) / MEAN.count
     return NoisyMean(
         mean=noisy[1:] * (clip_norm / MEAN.mean) / max(count, 1.0),
@@ -207,59 +168,16 @@ def noisy_pca(
     Raises:
         ValueError: The plan is for another sensitivity, or k is out of range.
     """
-    _check_unit_norm(plan)
+    check_unit_norm(plan)
     dim = vectors.shape[1]
     if not 1 <= num_components <= dim:
         raise ValueError(f"num_components={num_components} must lie in 1 to {dim}, the dimension of the vectors")
-    noisy = _released(plan, key, moment_contributions(vectors, weights, clip_norm=clip_norm, split=SECOND))
-    values, basis = torch.linalg.eigh(_symmetric(noisy, dim) * clip_norm**2)
+    noisy = release_sum(plan, key, moment_contributions(vectors, weights, clip_norm=clip_norm, split=SECOND))
+    values, basis = torch.linalg.eigh(symmetric(noisy, dim) * clip_norm**2)
     return PrincipalAxes(
         axes=basis.flip(1)[:, :num_components],
         values=values.flip(0)[:num_components],
         second_std=plan.noise_multiplier * clip_norm**2 / math.sqrt(2.0),
-    )
-
-
-def noisy_class_moments(
-    plan: GaussianSumPlan,
-    key: SecretKey,
-    vectors: Tensor,
-    class_labels: Tensor,
-    weights: Tensor,
-    *,
-    num_classes: int,
-    clip_norm: float,
-) -> ClassMoments:
-    """Counts, means and second moments of every class by one Gaussian mechanism.
-
-    Args:
-        plan: Its ``max_norm`` must be 1, the sensitivity of the stacked sum.
-        key: Secret key of this mechanism.
-        vectors: Private vectors [n, d].
-        class_labels: Private labels, int64 [n].
-        weights: [n], summing to at most 1 over the records of one unit.
-        num_classes: Public number of classes.
-        clip_norm: Public L2 norm R that vectors are clipped to.
-
-    Returns:
-        The released statistics.
-
-    Raises:
-        ValueError: The plan is for another sensitivity.
-    """
-    _check_unit_norm(plan)
-    exact = class_contributions(vectors, class_labels, weights, num_classes=num_classes, clip_norm=clip_norm)
-    noisy, dim = _released(plan, key, exact), vectors.shape[1]
-    counts = noisy[:, 0] / CLASS_MOMENTS.count
-    divisor = counts.clamp(min=1.0)
-    second = _symmetric(noisy[:, 1 + dim :], dim) * (clip_norm**2 / CLASS_MOMENTS.second)
-    return ClassMoments(
-        counts=counts,
-        means=noisy[:, 1 : 1 + dim] * (clip_norm / CLASS_MOMENTS.mean) / divisor[:, None],
-        second_moments=second / divisor[:, None, None],
-        count_std=plan.noise_multiplier / CLASS_MOMENTS.count,
-        mean_std=plan.noise_multiplier * clip_norm / CLASS_MOMENTS.mean,
-        second_std=plan.noise_multiplier * clip_norm**2 / CLASS_MOMENTS.second / math.sqrt(2.0),
     )
 
 
@@ -312,12 +230,13 @@ def noisy_records(plan: GaussianRecordPlan, key: SecretKey, vectors: Tensor, rec
     return torch.from_numpy(np.stack(rows)).float()
 
 
-def _check_unit_norm(plan: GaussianSumPlan) -> None:
+def check_unit_norm(plan: GaussianSumPlan) -> None:
+    """Refuse a plan for another sensitivity than the 1 of stacked contributions, by a ValueError."""
     if plan.max_norm != 1.0:
         raise ValueError(f"max_norm={plan.max_norm}: the stacked contributions have sensitivity 1")
 
 
-def _released(plan: GaussianSumPlan, key: SecretKey, exact: Tensor) -> Tensor:
+def release_sum(plan: GaussianSumPlan, key: SecretKey, exact: Tensor) -> Tensor:
     """The sum with the plan's noise, float64, same shape."""
     noise = plan.noise(key)
     return torch.from_numpy(noise.add(exact.flatten().numpy(), noise.draw(0, exact.numel()))).view(exact.shape)
@@ -329,7 +248,7 @@ def _triangle(dim: int) -> tuple[Tensor, Tensor]:
     return upper, torch.where(upper[0] == upper[1], 1.0, math.sqrt(2.0)).double()
 
 
-def _symmetric(triangle: Tensor, dim: int) -> Tensor:
+def symmetric(triangle: Tensor, dim: int) -> Tensor:
     """The inverse of the scaled upper triangle: [..., d (d + 1) / 2] to [..., d, d]."""
     upper, root = _triangle(dim)
     matrix = torch.zeros(*triangle.shape[:-1], dim, dim, dtype=torch.float64)

@@ -15,7 +15,7 @@ from dpldm_core.data.sources import BUILTIN_DATASETS, load_dataset
 from dpldm_core.errors import ConfigError
 from dpldm_core.overrides import load_overrides
 from dpldm_core.presets import check_delta, resolve_config
-from dpldm_core.privacy.calibration import PRIOR, plan_release, relation_of
+from dpldm_core.privacy.calibration import MEANS, plan_release, relation_of
 from dpldm_core.privacy.plan import DpSgdPlan, LabelPlan, ReleasePlan, check_expected_batch
 from dpldm_core.release.bundle import check_target
 
@@ -207,12 +207,12 @@ def check_useful(config: ReleaseConfig, plan: ReleasePlan, *, num_units: int, nu
     Raises:
         ConfigError: It would, with the number of units or the epsilon that would do.
     """
-    from dpldm_core.privacy.one_shot import CLASS_MOMENTS  # imports torch
+    from dpldm_core.privacy.class_statistics import CLASS_MEANS  # imports torch
 
-    if PRIOR not in plan.stages():
+    if MEANS not in plan.stages():
         return
-    sigma = plan.mechanism(PRIOR).noise_multiplier  # type: ignore[union-attr]
-    noise = sigma * math.sqrt(dim) / CLASS_MOMENTS.mean * num_classes / num_units
+    sigma = plan.mechanism(MEANS).noise_multiplier  # type: ignore[union-attr]
+    noise = sigma * math.sqrt(dim) / CLASS_MEANS.mean * num_classes / num_units
     if noise <= 1:
         return
     enough = math.ceil(num_units * noise)

@@ -1,22 +1,23 @@
-"""The latent prior: a Gaussian per class from one noisy sum, or from latents that were released one by one."""
+"""The latent prior: a Gaussian per class from two noisy sums, or from latents that were released one by one."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from dpldm_core.config import PriorConfig
 from dpldm_core.models.prior import GaussianPrior
-from dpldm_core.privacy.one_shot import ClassMoments, noisy_class_moments
+from dpldm_core.privacy.class_statistics import ClassCovariances, ClassMeans, noisy_class_covariances, noisy_class_means
 from dpldm_core.privacy.plan import GaussianSumPlan
 from dpldm_core.rng import SecretKey
 from dpldm_core.training.units import Units
 
 
-def fit_prior(prior: GaussianPrior, moments: ClassMoments, config: PriorConfig) -> None:
-    """Class Gaussians from released moments: post-processing that knows how much noise they carry.
+def fit_prior(prior: GaussianPrior, means: ClassMeans, covariances: ClassCovariances, config: PriorConfig) -> None:
+    """Class Gaussians from released statistics: post-processing that knows how much noise they carry.
 
     The pooled covariance keeps what stands above its noise (eigenvalues beyond the semicircle's edge 2 s sqrt(d)). Each
     class then adds the part of its own difference that stands above the class's edge, shrunk by sqrt(l^2 - edge^2)
@@ -24,33 +25,39 @@ def fit_prior(prior: GaussianPrior, moments: ClassMoments, config: PriorConfig) 
 
     Args:
         prior: Set in place.
-        moments: Released statistics.
+        means: Released counts and means.
+        covariances: Released covariances.
         config: Floor and class weight.
     """
-    counts = moments.counts.clamp(min=1.0)
-    dim = moments.means.shape[1]
-    centred = moments.second_moments - moments.means[:, :, None] * moments.means[:, None, :]
-    pooled_edge = 2 * moments.second_std * math.sqrt(len(counts) * dim) / float(counts.sum())
-    values, basis = torch.linalg.eigh((counts[:, None, None] * centred).sum(0) / counts.sum())
+    counts = means.counts.clamp(min=1.0)
+    dim = means.means.shape[1]
+    pooled_edge = 2 * covariances.sum_std * math.sqrt(len(counts) * dim) / float(counts.sum())
+    weighted = counts[:, None, None] * covariances.covariances
+    values, basis = torch.linalg.eigh(weighted.sum(0) / counts.sum())
     kept = (values + (values.square() - pooled_edge**2).clamp(min=0).sqrt()) / 2
     values = torch.where(values > pooled_edge, kept, config.variance_floor).clamp(min=config.variance_floor)
     pooled = basis @ torch.diag(values) @ basis.T
-    covariances = []
-    for label in range(len(counts)):
-        difference = centred[label] - pooled
-        edge = 2 * moments.second_std * math.sqrt(dim) / float(counts[label])
+    fitted = []
+    for count, covariance in zip(counts, covariances.covariances, strict=True):
+        difference = covariance - pooled
+        edge = 2 * covariances.sum_std * math.sqrt(dim) / float(count)
         values, basis = torch.linalg.eigh(difference)
         strong = basis @ torch.diag(values.sign() * (values.square() - edge**2).clamp(min=0).sqrt()) @ basis.T
-        covariances.append(pooled + strong + config.class_weight * (difference - strong))
-    prior.set_moments(moments.means, torch.stack(covariances), variance_floor=config.variance_floor)
-    seen = moments.counts.clamp(min=max(1.0, moments.count_std))  # below its noise a count says only that it is small
+        fitted.append(pooled + strong + config.class_weight * (difference - strong))
+    prior.set_moments(means.means, torch.stack(fitted), variance_floor=config.variance_floor)
+    seen = means.counts.clamp(min=max(1.0, means.count_std))  # below its noise a count says only that it is small
     prior.shares.copy_(seen / seen.sum())
 
 
 def release_prior(
-    prior: GaussianPrior, units: Units, plan: GaussianSumPlan, key: SecretKey, config: PriorConfig, white: Tensor
+    prior: GaussianPrior,
+    units: Units,
+    plans: tuple[GaussianSumPlan, GaussianSumPlan],
+    key_of: Callable[[str], SecretKey],
+    config: PriorConfig,
+    white: Tensor,
 ) -> None:
-    """Measure the class moments of private latents with one Gaussian mechanism and fit the prior to them.
+    """Measure class means, then covariances about them, and fit the prior to both.
 
     They are measured in coordinates of about unit variance, so that the noise is as small beside the fine structure of
     images as beside the coarse.
@@ -58,22 +65,21 @@ def release_prior(
     Args:
         prior: Of the latents; set in place.
         units: Private latents, values [n, d].
-        plan: What is charged.
-        key: Secret key of this mechanism.
-        config: Clip norm, floor and class weight, in the whitened coordinates.
+        plans: What is charged for the means, and for the covariances.
+        key_of: Secret key of a stage; asked for before its mechanism runs.
+        config: Clip norms, floor and class weight, in the whitened coordinates.
         white: Public map [d, d] to these coordinates.
     """
     num_classes, dim = prior.means.shape
-    moments = noisy_class_moments(
-        plan,
-        key,
-        units.values @ white.T.to(units.values),
-        units.class_labels,
-        units.record_weights(),
-        num_classes=num_classes,
-        clip_norm=config.clip_norm * math.sqrt(dim),
+    private = units.values @ white.T.to(units.values), units.class_labels, units.record_weights()
+    (first, second), root = plans, math.sqrt(dim)
+    means = noisy_class_means(
+        first, key_of(first.stage), *private, num_classes=num_classes, clip_norm=config.clip_norm * root
     )
-    fit_prior(prior, moments, config)
+    covariances = noisy_class_covariances(
+        second, key_of(second.stage), *private, means, clip_norm=config.covariance_clip_norm * root
+    )
+    fit_prior(prior, means, covariances, config)
     prior.transform(torch.linalg.inv(white.double()))
 
 

@@ -16,7 +16,16 @@ from dpldm_core.config import ReleaseConfig
 from dpldm_core.data.schema import ImageSchema, Records, group_table, read_records
 from dpldm_core.models.autoencoder import Autoencoder, whitening
 from dpldm_core.models.teacher import LabelTeacher
-from dpldm_core.privacy.calibration import AUTOENCODER, DIFFUSION, FIRST_TEACHER, LABELS, LATENTS, PRIOR, TEACHER
+from dpldm_core.privacy.calibration import (
+    AUTOENCODER,
+    COVARIANCES,
+    DIFFUSION,
+    FIRST_TEACHER,
+    LABELS,
+    LATENTS,
+    MEANS,
+    TEACHER,
+)
 from dpldm_core.privacy.one_shot import noisy_records
 from dpldm_core.privacy.plan import GaussianRecordPlan, GaussianSumPlan, ReleasePlan
 from dpldm_core.rng import SecretKey
@@ -193,13 +202,13 @@ def train_diffusion(
         )
     else:
         units = Units(tensors["latents"], tensors["labels"], tensors["table"])
-        prior_plan = plan.mechanism(PRIOR)
-        assert isinstance(prior_plan, GaussianSumPlan)
+        means, covariances = plan.mechanism(MEANS), plan.mechanism(COVARIANCES)
+        assert isinstance(means, GaussianSumPlan) and isinstance(covariances, GaussianSumPlan)
         encoder = new_autoencoder(config, schema).encoder
         curve = pretrain_denoiser(model.to(run.device), encoder, config.diffusion, seed=config.seed)
         model.cpu()
         white = whitening(encoder.transform.latent_shape)
-        release_prior(model.prior, units, prior_plan, key_of(PRIOR), config.prior, white)
+        release_prior(model.prior, units, (means, covariances), key_of, config.prior, white)
         trained = model.to(run.device)
         if DIFFUSION in plan.stages():
             loop = run.loop(config, schema.num_classes)

@@ -62,6 +62,7 @@ ACCOUNTING, BOOKS, BUDGET, CALIBRATION = (
 CHAIN, CLIPPING, ENGINE, LAYERS = (f"{PRIVACY}/{name}.py" for name in ("chain", "clipping", "engine", "layers"))
 LEDGER, NOISE, ONE_SHOT, PLAN = (f"{PRIVACY}/{name}.py" for name in ("ledger", "noise", "one_shot", "plan"))
 DISCRETE, OPACUS, REPORT = (f"{PRIVACY}/{name}.py" for name in ("discrete", "opacus_backend", "report"))
+CLASS_STATISTICS = f"{PRIVACY}/class_statistics.py"
 RNG, LOSS, SPLIT = "dpldm_core/rng.py", "dpldm_core/diffusion/loss.py", "dpldm_core/data/split.py"
 TRAINING = "dpldm_core/training"
 LOOP, STATE, STAGES, UNITS, DIFFUSION, AUTOENCODER, PRIOR = (
@@ -380,8 +381,8 @@ MUTANTS = (
         "the_shares_of_the_classes_are_counted_in_the_private_labels",
         BEYOND,
         PRIOR,
-        "    fit_prior(prior, moments, config)\n",
-        "    fit_prior(prior, moments, config)\n"
+        "    fit_prior(prior, means, covariances, config)\n",
+        "    fit_prior(prior, means, covariances, config)\n"
         "    prior.shares.copy_(torch.bincount(units.class_labels, minlength=num_classes) / len(units.class_labels))\n",
         (f"{T_DIFFUSION}the_shares_of_the_classes_are_those_of_the_noisy_counts[0.01-None]",),
     ),
@@ -810,12 +811,33 @@ MUTANTS = (
     ),
     # Beyond the list: one-shot mechanisms
     Mutant(
-        "moments_weigh_more_than_one",
+        "class_means_weigh_more_than_one",
         BEYOND,
-        ONE_SHOT,
-        "CLASS_MOMENTS = Split(0.1, 0.5, math.sqrt(1 - 0.1**2 - 0.5**2))",
-        "CLASS_MOMENTS = Split(0.1, 0.5, 1.0)",
-        (f"{T_ONE_SHOT}one_unit_moves_the_sum_by_at_most_one", f"{T_ONE_SHOT}the_sensitivity_is_reached"),
+        CLASS_STATISTICS,
+        "CLASS_MEANS = Split(0.3, math.sqrt(1 - 0.3**2), 0.0)",
+        "CLASS_MEANS = Split(0.3, 1.0, 0.0)",
+        (
+            f"{T_ONE_SHOT}one_unit_moves_the_sum_by_at_most_one[means]",
+            f"{T_ONE_SHOT}the_sensitivity_is_reached[means]",
+        ),
+    ),
+    Mutant(
+        "class_covariances_are_taken_about_exact_means",
+        BEYOND,
+        CLASS_STATISTICS,
+        "class_labels, weights, released.means, clip_norm",
+        "class_labels, weights, torch.stack([vectors[class_labels == c].mean(0) for c in range(len(released.means))]), "
+        "clip_norm",
+        (f"{T_ONE_SHOT}record_and_replay_on_neighbours",),
+    ),
+    Mutant(
+        "covariances_are_about_means_that_nobody_released",
+        BEYOND,
+        PRIOR,
+        "second, key_of(second.stage), *private, means, clip_norm",
+        "second, key_of(second.stage), *private, type(means)(means.counts, units.values[:num_classes], 1.0, 1.0), "
+        "clip_norm",
+        (f"{T_DIFFUSION}no_latent_reaches_a_mechanism_through_another_or_the_network_before_its_noise",),
     ),
     Mutant(
         "a_mean_weighs_more_than_one",
@@ -866,12 +888,12 @@ MUTANTS = (
         (f"{T_ONE_SHOT}every_record_has_its_own_noise_of_the_unit_s_norm",),
     ),
     Mutant(
-        "moments_of_another_sensitivity_are_taken",
+        "class_statistics_of_another_sensitivity_are_taken",
         BEYOND,
         ONE_SHOT,
         "if plan.max_norm != 1.0:",
         "if plan.max_norm < 1.0:",
-        (f"{T_ONE_SHOT}moments_of_another_sensitivity_are_refused",),
+        (f"{T_ONE_SHOT}class_statistics_of_another_sensitivity_are_refused",),
     ),
     Mutant(
         "labels_are_replaced_half_as_often",

@@ -21,8 +21,9 @@ from dpldm_core.privacy.audit_bounds import (
     steinke_p_value,
     two_sample_bound,
 )
+from dpldm_core.privacy.class_statistics import ClassMeans, noisy_class_covariances, noisy_class_means
 from dpldm_core.privacy.engine import DpSgdEngine
-from dpldm_core.privacy.one_shot import noisy_class_moments, noisy_histogram
+from dpldm_core.privacy.one_shot import noisy_histogram
 from dpldm_core.privacy.plan import DpSgdPlan, GaussianSumPlan, HistogramPlan
 from dpldm_core.rng import SecretKey
 
@@ -213,11 +214,26 @@ def dp_sgd(engine=DpSgdEngine, **changes):
     return run
 
 
-def moments(weight=1.0):
+SUM = GaussianSumPlan(stage="s", max_norm=1.0, noise_multiplier=2.0)
+
+
+def of_one_class(data, weight):
+    return data, torch.zeros(len(data), dtype=torch.int64), weight * torch.ones(len(data))
+
+
+def class_means(weight=1.0):
     def run(data):
-        plan = GaussianSumPlan(stage="s", max_norm=1.0, noise_multiplier=2.0)
-        labels, weights = torch.zeros(len(data), dtype=torch.int64), weight * torch.ones(len(data))
-        noisy_class_moments(plan, KEY, data, labels, weights, num_classes=2, clip_norm=1.0)
+        noisy_class_means(SUM, KEY, *of_one_class(data, weight), num_classes=2, clip_norm=1.0)
+
+    return run
+
+
+def class_covariances(weight=1.0):
+    """About means that both data sets share, as one that was released before."""
+
+    def run(data):
+        released = ClassMeans(torch.full((2,), 9.0), torch.full((2, 3), -1.0), count_std=1.0, mean_std=1.0)
+        noisy_class_covariances(SUM, KEY, *of_one_class(data, weight), released, clip_norm=1.0)
 
     return run
 
@@ -235,8 +251,8 @@ def counts(charged=1, recounted=1):
 
 @pytest.mark.parametrize(
     ("mechanism", "sensitivity", "sums"),
-    [(dp_sgd(), C, 6), (moments(), 1.0, 1), (counts(), 1.0, 1)],
-    ids=["dp_sgd", "moments", "counts"],
+    [(dp_sgd(), C, 6), (class_means(), 1.0, 1), (class_covariances(), 1.0, 1), (counts(), 1.0, 1)],
+    ids=["dp_sgd", "class_means", "class_covariances", "counts"],
 )
 def test_replay_on_neighbours(mechanism, sensitivity, sums):
     data = torch.randn(17, 3, generator=torch.Generator().manual_seed(1))
@@ -251,10 +267,19 @@ def test_replay_on_neighbours(mechanism, sensitivity, sums):
         (dp_sgd(SkipsEmptyBatches), "depends on the data"),
         (dp_sgd(SizeOfTheData, max_batch_size=None), "depends on the data"),
         (dp_sgd(NoiseFromTheData), "depends on the data"),
-        (moments(weight=3.0), "moves sum"),
+        (class_means(weight=3.0), "moves sum"),
+        (class_covariances(weight=3.0), "moves sum"),
         (counts(recounted=2), "moves sum"),
     ],
-    ids=["unclipped", "skips_empty", "size_of_data", "noise_from_data", "weights_above_one", "counted_twice"],
+    ids=[
+        "unclipped",
+        "skips_empty",
+        "size_of_data",
+        "noise_from_data",
+        "means_of_weights_above_one",
+        "covariances_of_weights_above_one",
+        "counted_twice",
+    ],
 )
 def test_replay_finds_faults(mechanism, message, request):
     n = 2 if "empty" in request.node.name else 17

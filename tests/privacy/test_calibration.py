@@ -27,6 +27,7 @@ from dpldm_core.privacy.plan import (
 )
 
 DELTA = 1e-5
+PRIOR = ["latent_means", "latent_covariances"]
 
 
 def sgd(stage="sgd", **changes):
@@ -148,7 +149,7 @@ def test_starting_points_are_about_right(mu):
 
 def test_without_labels_there_is_no_teacher_and_its_share_goes_to_the_others():
     labelled, plain = (plan_release(config(), num_classes=k, latent_dim=16, grouped=False) for k in (10, 1))
-    assert plain.stages() == labelled.stages()[:-1] == ["train_autoencoder", "latent_prior", "train_diffusion"]
+    assert plain.stages() == labelled.stages()[:-1] == ["train_autoencoder", *PRIOR, "train_diffusion"]
     assert 0.998 * 3 <= plain.epsilon() <= 3
     assert all(
         plain.mechanism(stage).noise_multiplier < labelled.mechanism(stage).noise_multiplier for stage in plain.stages()
@@ -162,9 +163,20 @@ def test_a_stage_with_share_0_is_not_in_the_bill_and_the_rest_gets_all(left_out)
     overrides = {name: {"dp_sgd": {"budget_share": share}} for name, share in shares.items()}
     overrides["prior"] = {"budget_share": shares["prior"]}
     plan = plan_release(config(**overrides), num_classes=10, latent_dim=16, grouped=False)
-    everything = ["train_autoencoder", "latent_prior", "train_diffusion", "train_teacher"]
+    everything = ["train_autoencoder", *PRIOR, "train_diffusion", "train_teacher"]
     assert plan.stages() == [stage for stage in everything if stage != f"train_{left_out}"]
     assert 0.998 * 3 <= plan.epsilon() <= 3
+
+
+def test_the_prior_s_budget_is_divided_between_means_and_covariances():
+    """Squared Gaussian-DP parameters: mu is one over the noise multiplier."""
+    prior = {"budget_share": 0.5, "mean_share": 0.3}
+    plan = plan_release(config(prior=prior), num_classes=10, latent_dim=16, grouped=False)
+    means, covariances = (plan.mechanism(stage).noise_multiplier ** -2 for stage in PRIOR)
+    assert means / (means + covariances) == pytest.approx(0.3)
+    other = plan_release(config(prior=prior | {"mean_share": 0.1}), num_classes=10, latent_dim=16, grouped=False)
+    both = sum(other.mechanism(stage).noise_multiplier ** -2 for stage in PRIOR)
+    assert both == pytest.approx(means + covariances, rel=5e-3)  # the split costs nothing: it is one budget
 
 
 def test_a_first_teacher_is_billed_beside_the_second():
@@ -172,7 +184,7 @@ def test_a_first_teacher_is_billed_beside_the_second():
     labelled, plain = (
         plan_release(config(teacher=teacher), num_classes=k, latent_dim=16, grouped=False) for k in (10, 1)
     )
-    others = ["train_autoencoder", "latent_prior", "train_diffusion"]
+    others = ["train_autoencoder", *PRIOR, "train_diffusion"]
     assert labelled.stages() == [*others, "train_first_teacher", "train_teacher"] and plain.stages() == others
     for plan in (labelled, plain):
         assert 0.998 * 3 <= plan.epsilon() <= 3
@@ -192,7 +204,8 @@ def test_a_release_bills_every_stage_that_reads_private_data():
     plan = plan_release(config(), num_classes=10, latent_dim=16, grouped=False)
     assert [(m.stage, type(m)) for m in plan.mechanisms] == [
         ("train_autoencoder", DpSgdPlan),
-        ("latent_prior", GaussianSumPlan),
+        ("latent_means", GaussianSumPlan),
+        ("latent_covariances", GaussianSumPlan),
         ("train_diffusion", DpSgdPlan),
         ("train_teacher", DpSgdPlan),
     ]
@@ -268,7 +281,9 @@ def test_a_published_accuracy_takes_its_share_and_no_more(mechanism, share):
     assert 0.99 * 3 <= plan.epsilon() <= 3 and plan.relation == plain.relation
     histogram, beside = plan.mechanisms[-1], plan.mechanisms[1]
     assert isinstance(histogram, HistogramPlan) and histogram.num_bins == 2
-    own = settings.prior.budget_share if mechanism == "dp_sgd" else 0.6  # of the preset: 1 - 0.1 - 0.3
+    own = (
+        settings.prior.budget_share * settings.prior.mean_share if mechanism == "dp_sgd" else 0.6
+    )  # of the preset: 1 - 0.1 - 0.3
     ratio = (beside.noise_multiplier / histogram.noise_multiplier) ** 2
     assert ratio == pytest.approx(share / ((1 - share) * own), rel=1e-9)
     without = plan.model_copy(update={"mechanisms": plan.mechanisms[:-1]})

@@ -5,10 +5,11 @@ import torch
 from torch import nn
 
 from dpldm_core.errors import UnsupportedLayerError
+from dpldm_core.privacy.class_statistics import CLASS_MEANS
 from dpldm_core.privacy.clipping import BookKeeping
 from dpldm_core.privacy.engine import check_bounded
 from dpldm_core.privacy.layers import ROUNDING, Fields, Outer
-from dpldm_core.privacy.one_shot import CLASS_MOMENTS, MEAN, SECOND, moment_contributions
+from dpldm_core.privacy.one_shot import MEAN, SECOND, moment_contributions
 from dpldm_core.privacy.opacus_backend import OpacusClipping
 
 
@@ -90,7 +91,7 @@ def test_opacus_refuses_a_loss_that_would_broadcast():
         clip.clipped_sum(lambda: model(x).square().sum(1, keepdim=True), mask)
 
 
-@pytest.mark.parametrize("split", [CLASS_MOMENTS, MEAN, SECOND], ids=["class_moments", "mean", "second"])
+@pytest.mark.parametrize("split", [CLASS_MEANS, MEAN, SECOND], ids=["class_means", "mean", "second"])
 def test_the_parts_of_one_record_have_norm_one_together(split):
     """Count, vector and outer product of a record at or beyond the clip norm: their sensitivity is met, not passed."""
     for vector in ([0.0, 3.0, 0.0], [1.0, -2.0, 2.0], [50.0, 80.0, -1e6]):

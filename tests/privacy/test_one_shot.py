@@ -8,15 +8,20 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy import stats
 
+from dpldm_core.privacy.class_statistics import (
+    CLASS_MEANS,
+    ClassMeans,
+    class_contributions,
+    noisy_class_covariances,
+    noisy_class_means,
+)
 from dpldm_core.privacy.noise import GRID, SENSITIVITY_SLACK
 from dpldm_core.privacy.one_shot import (
     MEAN,
     SECOND,
-    class_contributions,
     clip_rows,
     histogram_counts,
     moment_contributions,
-    noisy_class_moments,
     noisy_histogram,
     noisy_mean,
     noisy_pca,
@@ -40,13 +45,30 @@ def record_plan(noise_multiplier=1.5, max_norm=2.0):
     return GaussianRecordPlan(stage="s", max_norm=max_norm, noise_multiplier=noise_multiplier)
 
 
-def contributions(vectors, labels, weights):
-    return class_contributions(vectors, labels, weights, num_classes=CLASSES, clip_norm=R)
+def released(counts=None):
+    """Counts and means as an earlier mechanism may have released them: public, and of no data at hand."""
+    means = torch.linspace(-1.0, 1.0, CLASSES * DIM).view(CLASSES, DIM)
+    return ClassMeans(torch.full((CLASSES,), 100.0) if counts is None else counts, means, 1.0, 1.0)
 
 
-def moments(plan, vectors, labels, weights=None, key=KEY):
+# What is taken off first, and the parts of a record's unit of norm
+PARTS = {"means": (torch.zeros(CLASSES, DIM), CLASS_MEANS), "covariances": (released().means, SECOND)}
+either = pytest.mark.parametrize("part", PARTS)
+
+
+def contributions(part, vectors, labels, weights):
+    centres, split = PARTS[part]
+    return class_contributions(vectors, labels, weights, centres, clip_norm=R, split=split)
+
+
+def class_means(plan, vectors, labels, weights=None, key=KEY):
     weights = torch.ones(len(vectors)) if weights is None else weights
-    return noisy_class_moments(plan, key, vectors, labels, weights, num_classes=CLASSES, clip_norm=R)
+    return noisy_class_means(plan, key, vectors, labels, weights, num_classes=CLASSES, clip_norm=R)
+
+
+def class_covariances(plan, vectors, labels, weights=None, earlier=None):
+    weights = torch.ones(len(vectors)) if weights is None else weights
+    return noisy_class_covariances(plan, KEY, vectors, labels, weights, earlier or released(), clip_norm=R)
 
 
 def data(n, seed=0):
@@ -54,19 +76,21 @@ def data(n, seed=0):
     return torch.randn(n, DIM, generator=g), torch.randint(CLASSES, (n,), generator=g)
 
 
+@either
 @settings(derandomize=True)
 @given(
-    arrays(np.float32, (5, DIM), elements=ANY_FLOAT),
-    arrays(np.int64, 5, elements=st.integers(-2, CLASSES + 1)),
-    st.integers(1, 5),
+    records=arrays(np.float32, (5, DIM), elements=ANY_FLOAT),
+    labels=arrays(np.int64, 5, elements=st.integers(-2, CLASSES + 1)),
+    count=st.integers(1, 5),
 )
-def test_one_unit_moves_the_sum_by_at_most_one(records, labels, count):
+def test_one_unit_moves_the_sum_by_at_most_one(part, records, labels, count):
     """Any records, whatever they hold and claim to be, of a person with ``count`` of them, added to any data."""
     vectors, classes = data(20)
     weights = torch.ones(20)
-    before = contributions(vectors, classes, weights)
+    before = contributions(part, vectors, classes, weights)
     unit = torch.full((count,), 1.0) / count
     after = contributions(
+        part,
         torch.cat([vectors, torch.from_numpy(records[:count])]),
         torch.cat([classes, torch.from_numpy(labels[:count])]),
         torch.cat([weights, unit]),
@@ -74,75 +98,84 @@ def test_one_unit_moves_the_sum_by_at_most_one(records, labels, count):
     assert float((after - before).norm()) <= 1 + 1e-6
 
 
-def test_the_sensitivity_is_reached():
+@either
+def test_the_sensitivity_is_reached(part):
     """The bound is no looser than it must be: a vector at or beyond the clip norm moves the sum by exactly one."""
     for vector in (torch.tensor([R, 0, 0, 0]), torch.tensor([3.0, -40.0, 1.0, 5.0])):
-        assert float(contributions(vector[None], torch.tensor([1]), torch.ones(1)).norm()) == pytest.approx(1, abs=1e-7)
+        row = (PARTS[part][0][1] + vector)[None]
+        assert float(contributions(part, row, torch.tensor([1]), torch.ones(1)).norm()) == pytest.approx(1, abs=1e-6)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 3e38])
 def test_a_record_that_is_not_finite_harms_nobody(bad):
     vectors, labels = data(6)
     vectors[2, 1] = bad
-    out = moments(sum_plan(), vectors, labels)
-    assert all(bool(torch.isfinite(x).all()) for x in (out.counts, out.means, out.second_moments))
-    released = noisy_records(record_plan(), KEY, vectors, 1)
-    assert bool(torch.isfinite(released).all())
+    means, covariances = class_means(sum_plan(), vectors, labels), class_covariances(sum_plan(), vectors, labels)
+    assert all(bool(torch.isfinite(x).all()) for x in (means.counts, means.means, covariances.covariances))
+    own_noise = noisy_records(record_plan(), KEY, vectors, 1)
+    assert bool(torch.isfinite(own_noise).all())
     keep = torch.arange(6) != 2
-    assert torch.equal(released[keep], noisy_records(record_plan(), KEY, data(6)[0], 1)[keep])
+    assert torch.equal(own_noise[keep], noisy_records(record_plan(), KEY, data(6)[0], 1)[keep])
 
 
 def test_record_and_replay_on_neighbours():
     """With the noise replayed, what is released of D and of D' differs by what the record adds: nothing else moved."""
     vectors, labels = data(40)
-    a, b = (moments(sum_plan(), vectors[:n], labels[:n]) for n in (40, 39))
-    added = 0.1 * torch.nn.functional.one_hot(labels[39], CLASSES)
-    torch.testing.assert_close(0.1 * (a.counts - b.counts), added.double(), atol=2 * GRID, rtol=0)
-    assert (a.count_std, a.mean_std, a.second_std) == (b.count_std, b.mean_std, b.second_std)
+    a, b = (class_means(sum_plan(), vectors[:n], labels[:n]) for n in (40, 39))
+    added = CLASS_MEANS.count * torch.nn.functional.one_hot(labels[39], CLASSES)
+    torch.testing.assert_close(CLASS_MEANS.count * (a.counts - b.counts), added.double(), atol=2 * GRID, rtol=0)
+    assert (a.count_std, a.mean_std) == (b.count_std, b.mean_std)
     other_labels = torch.arange(CLASSES) != labels[39]
     assert torch.equal(a.means[other_labels], b.means[other_labels])
-    assert torch.equal(a.second_moments[other_labels], b.second_moments[other_labels])
+    c, d = (class_covariances(sum_plan(), vectors[:n], labels[:n]) for n in (40, 39))
+    assert c.sum_std == d.sum_std
+    assert torch.equal(c.covariances[other_labels], d.covariances[other_labels])
+    row = clip_rows(vectors[39:] - released().means[labels[39]], R)
+    moved = 100 * (c.covariances - d.covariances)[labels[39]]
+    torch.testing.assert_close(moved, row.T @ row, atol=4 * R**2 * GRID, rtol=0)
 
 
-def test_moments_are_the_data_s_own_when_noise_is_negligible():
+def test_means_and_covariances_are_the_data_s_own_when_noise_is_negligible():
     """Slow reference, record by record, with records beyond the clip norm among them."""
     vectors, labels = data(300)
     vectors[:50] *= 5
-    out = moments(sum_plan(1e-6), vectors, labels)
+    means = class_means(sum_plan(1e-6), vectors, labels)
+    covariances = class_covariances(sum_plan(1e-6), vectors, labels, earlier=means)
     for y in range(CLASSES):
-        rows = [v * min(1.0, R / np.linalg.norm(v)) for v in vectors[labels == y].double().numpy()]
-        assert float(out.counts[y]) == pytest.approx(len(rows), abs=1e-3)
-        np.testing.assert_allclose(out.means[y], np.mean(rows, 0), atol=1e-5)
-        np.testing.assert_allclose(out.second_moments[y], np.mean([np.outer(v, v) for v in rows], 0), atol=1e-5)
+        own = vectors[labels == y].double().numpy()
+        rows = [v * min(1.0, R / np.linalg.norm(v)) for v in own]
+        assert float(means.counts[y]) == pytest.approx(len(rows), abs=1e-3)
+        np.testing.assert_allclose(means.means[y], np.mean(rows, 0), atol=1e-5)
+        centred = [v - means.means[y].numpy() for v in own]
+        rows = [v * min(1.0, R / np.linalg.norm(v)) for v in centred]
+        expected = np.mean([np.outer(v, v) for v in rows], 0)
+        np.testing.assert_allclose(covariances.covariances[y], expected, atol=1e-5)
 
 
 def test_weights_divide_a_unit_among_its_records():
     vectors, labels = data(30)
     double = [torch.cat([x, x]) for x in (vectors, labels)]
-    once, twice = moments(sum_plan(1e-6), vectors, labels), moments(sum_plan(1e-6), *double, torch.full((60,), 0.5))
-    torch.testing.assert_close(once.second_moments, twice.second_moments, atol=1e-5, rtol=0)
-    torch.testing.assert_close(once.counts, twice.counts, atol=1e-3, rtol=0)
+    for release in (class_means, class_covariances):
+        once, twice = release(sum_plan(1e-6), vectors, labels), release(sum_plan(1e-6), *double, torch.full((60,), 0.5))
+        for field in ("counts", "means", "covariances"):
+            if hasattr(once, field):
+                torch.testing.assert_close(getattr(once, field), getattr(twice, field), atol=1e-3, rtol=0)
 
 
 @pytest.fixture(scope="module")
 def noise_only():
     """Zero vectors, each of a class of its own that counts a million, so that dividing by the noisy count is exact."""
     n, classes = 1e6, 10_000
-    out = noisy_class_moments(
-        sum_plan(),
-        KEY,
-        torch.zeros(classes, DIM),
-        torch.arange(classes),
-        torch.full((classes,), n),
-        num_classes=classes,
-        clip_norm=R,
-    )
+    vectors, labels, weights = torch.zeros(classes, DIM), torch.arange(classes), torch.full((classes,), n)
+    means = noisy_class_means(sum_plan(), KEY, vectors, labels, weights, num_classes=classes, clip_norm=R)
+    zeros = ClassMeans(torch.full((classes,), n), vectors, 1.0, 1.0)
+    found = noisy_class_covariances(sum_plan(), KEY.derive("2"), vectors, labels, weights, zeros, clip_norm=R)
     row, column = torch.triu_indices(DIM, DIM, 1)
     return {
-        "counts": (out.counts - n) / out.count_std,
-        "means": out.means * n / out.mean_std,
-        "off_diagonal": out.second_moments[:, row, column] * n / out.second_std,
-        "diagonal": out.second_moments.diagonal(dim1=1, dim2=2) * n / out.second_std / math.sqrt(2.0),
+        "counts": (means.counts - n) / means.count_std,
+        "means": means.means * n / means.mean_std,
+        "off_diagonal": found.covariances[:, row, column] * n / found.sum_std,
+        "diagonal": found.covariances.diagonal(dim1=1, dim2=2) * n / found.sum_std / math.sqrt(2.0),
     }
 
 
@@ -157,17 +190,36 @@ def test_every_statistic_carries_the_noise_that_it_states(noise_only, part, fact
     assert abs(np.corrcoef(x[:-1], x[1:])[0, 1]) < 5 / math.sqrt(x.size)
 
 
-def test_moments_of_another_sensitivity_are_refused():
+def test_the_noise_of_class_statistics_is_what_the_plan_charges():
+    """Sensitivity 1 of the stacked sum, so its noise is the multiplier; each part is read back by its factor."""
+    means, covariances = class_means(sum_plan(1.5), *data(5)), class_covariances(sum_plan(1.5), *data(5))
+    assert means.count_std * CLASS_MEANS.count == pytest.approx(1.5)
+    assert means.mean_std * CLASS_MEANS.mean / R == pytest.approx(1.5)
+    assert covariances.sum_std * math.sqrt(2.0) / R**2 == pytest.approx(1.5)
+
+
+@pytest.mark.parametrize("release", [class_means, class_covariances])
+def test_class_statistics_of_another_sensitivity_are_refused(release):
     with pytest.raises(ValueError, match="sensitivity 1"):
-        moments(sum_plan(max_norm=2.0), *data(5))
+        release(sum_plan(max_norm=2.0), *data(5))
 
 
 def test_counts_of_empty_classes_are_noisy_too():
     """Class counts read from the data are a read: an empty class is as noisy as any other, and nothing is skipped."""
     vectors, labels = data(50)
-    out = moments(sum_plan(), vectors, torch.zeros_like(labels))
-    assert len(torch.unique(out.counts)) == CLASSES and bool((out.counts != out.counts.round()).all())
-    assert out.means.shape == (CLASSES, DIM) and out.second_moments.shape == (CLASSES, DIM, DIM)
+    means = class_means(sum_plan(), vectors, torch.zeros_like(labels))
+    assert len(torch.unique(means.counts)) == CLASSES and bool((means.counts != means.counts.round()).all())
+    assert means.means.shape == (CLASSES, DIM)
+    covariances = class_covariances(sum_plan(), vectors, torch.zeros_like(labels)).covariances
+    assert covariances.shape == (CLASSES, DIM, DIM) and bool((covariances.flatten(1) != 0).all())
+
+
+def test_a_class_of_nobody_is_not_blown_up_by_a_small_count():
+    """Released counts may be negative or near 0: the divisor is at least 1."""
+    nobody = torch.zeros(0, DIM), torch.zeros(0, dtype=torch.int64)
+    few = released(torch.tensor([-7.0, 1e-3, 0.5]))
+    found = class_covariances(sum_plan(), *nobody, earlier=few)
+    assert float(found.covariances.abs().max()) < 6 * math.sqrt(2.0) * found.sum_std
 
 
 # Records with noise of their own

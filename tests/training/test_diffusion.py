@@ -13,7 +13,7 @@ from dpldm_core.data.schema import ImageSchema, Records, write_records
 from dpldm_core.models.autoencoder import whitening
 from dpldm_core.models.prior import GaussianPrior
 from dpldm_core.presets import resolve_config
-from dpldm_core.privacy.one_shot import noisy_class_moments
+from dpldm_core.privacy.class_statistics import ClassCovariances, noisy_class_covariances, noisy_class_means
 from dpldm_core.privacy.plan import DpSgdPlan, GaussianRecordPlan, GaussianSumPlan, ReleasePlan
 from dpldm_core.rng import SecretKey
 from dpldm_core.training import stages
@@ -80,6 +80,16 @@ def test_odd_sizes_are_padded_and_cut_and_no_class_is_no_error(shape):
     assert not torch.equal(found, model.refine(x, sigma, estimate, torch.zeros_like(nameless)))
 
 
+def prior_plans(sigma):
+    """Of means and covariances, both with this noise."""
+    stages = ("latent_means", "latent_covariances")
+    return tuple(GaussianSumPlan(stage=stage, max_norm=1.0, noise_multiplier=sigma) for stage in stages)
+
+
+def key_of(stage):
+    return SecretKey(bytes(32)).derive(stage)
+
+
 def test_the_released_prior_is_that_of_the_latents():
     """Measured in whitened coordinates with next to no noise, then mapped back: the latents' own moments."""
     config, n, shape = settings(), 6000, (1, 4, 4)
@@ -89,10 +99,10 @@ def test_the_released_prior_is_that_of_the_latents():
     coordinates[labels == 1, 3] += 0.5
     latents = coordinates @ torch.linalg.inv(white).T
     prior = GaussianPrior(2, 16)
-    plan = GaussianSumPlan(stage="latent_prior", max_norm=1.0, noise_multiplier=1e-6)
     units = Units(latents, labels, torch.arange(n)[:, None])
     settings_of_prior = config.prior.model_copy(update={"clip_norm": 5.0, "class_weight": 1.0, "variance_floor": 1e-3})
-    release_prior(prior, units, plan, SecretKey(bytes(32)), settings_of_prior, white)
+    settings_of_prior = settings_of_prior.model_copy(update={"covariance_clip_norm": 5.0})
+    release_prior(prior, units, prior_plans(1e-6), key_of, settings_of_prior, white)
     for label in range(2):
         own = latents[labels == label]
         torch.testing.assert_close(prior.means[label], own.mean(0), atol=5e-3, rtol=0)
@@ -106,15 +116,14 @@ def test_the_shares_of_the_classes_are_those_of_the_noisy_counts(sigma, expected
     released, settings_of_prior = [], settings().prior
 
     def kept(*arguments, **options):
-        released.append(noisy_class_moments(*arguments, **options))
+        released.append(noisy_class_means(*arguments, **options))
         return released[-1]
 
     labels = (torch.arange(64) % 16 > 0).long()
     units = Units(0.1 * torch.randn(64, 16), labels, torch.arange(64)[:, None])
     prior, white = GaussianPrior(2, 16), whitening((1, 4, 4))
-    plan = GaussianSumPlan(stage="latent_prior", max_norm=1.0, noise_multiplier=sigma)
-    with mock.patch("dpldm_core.training.prior.noisy_class_moments", kept):
-        release_prior(prior, units, plan, SecretKey(bytes(32)), settings_of_prior, white)
+    with mock.patch("dpldm_core.training.prior.noisy_class_means", kept):
+        release_prior(prior, units, prior_plans(sigma), key_of, settings_of_prior, white)
     counts = released[0].counts.numpy()
     np.testing.assert_allclose(prior.shares, counts / counts.sum(), rtol=1e-5)
     if expected:
@@ -122,7 +131,7 @@ def test_the_shares_of_the_classes_are_those_of_the_noisy_counts(sigma, expected
     else:
         assert not np.allclose(counts, counts.round())
     few = dataclasses.replace(released[0], counts=torch.tensor([-3.0, 40.0]), count_std=10.0)
-    fit_prior(prior, few, settings_of_prior)
+    fit_prior(prior, few, ClassCovariances(torch.eye(16).double().repeat(2, 1, 1), 0.1), settings_of_prior)
     np.testing.assert_allclose(prior.shares, [0.2, 0.8], rtol=1e-6)
 
 
@@ -132,7 +141,6 @@ def seen_by_the_mechanisms(tmp_path, monkeypatch, latents):
     n, seen = len(latents), {}
     table = {"latents": latents, "labels": torch.arange(n) % 2, "table": torch.arange(n)[:, None]}
     save_file(table, tmp_path / "latents.safetensors")
-    prior = GaussianSumPlan(stage="latent_prior", max_norm=1.0, noise_multiplier=1.0)
     dp_sgd = DpSgdPlan(
         stage="train_diffusion",
         sample_rate=0.5,
@@ -143,19 +151,26 @@ def seen_by_the_mechanisms(tmp_path, monkeypatch, latents):
         max_batch_size=24,
     )
     release = ReleasePlan(
-        mechanisms=(prior, dp_sgd), delta=1e-5, relation="ADD_OR_REMOVE_ONE", unit_of_privacy="one record"
+        mechanisms=(*prior_plans(1.0), dp_sgd), delta=1e-5, relation="ADD_OR_REMOVE_ONE", unit_of_privacy="one record"
     )
 
-    def spying_moments(plan, key, vectors, *rest, **options):
-        seen["vectors"] = vectors
-        return noisy_class_moments(plan, key, vectors, *rest, **options)
+    def spying(mechanism):
+        def spy(plan, key, vectors, *rest, **options):
+            seen[plan.stage] = vectors
+            if mechanism is noisy_class_covariances:
+                assert rest[-1] is seen["released"]  # about the noisy means, and nothing else
+            seen["released"] = mechanism(plan, key, vectors, *rest, **options)
+            return seen["released"]
+
+        return spy
 
     def no_training(model, units, *rest, **loop):
         seen["network"] = torch.cat([p.detach().flatten() for p in model.network.parameters()])
         return model
 
     monkeypatch.setattr(stages, "settle_on_cpu", lambda: 1)  # the clock's choice would change the last bits
-    monkeypatch.setattr("dpldm_core.training.prior.noisy_class_moments", spying_moments)
+    for mechanism in (noisy_class_means, noisy_class_covariances):
+        monkeypatch.setattr(f"dpldm_core.training.prior.{mechanism.__name__}", spying(mechanism))
     monkeypatch.setattr(stages, "train_denoiser", no_training)
     config, key = settings(4), SecretKey(bytes(32))
     stages.train_diffusion(
@@ -171,8 +186,9 @@ def test_no_latent_reaches_a_mechanism_through_another_or_the_network_before_its
     other = latents.clone()
     other[19] = 100.0
     after = seen_by_the_mechanisms(tmp_path, monkeypatch, other)
-    assert torch.equal(before["vectors"][:19], after["vectors"][:19])
-    assert not torch.equal(before["vectors"][19], after["vectors"][19])
+    for stage in ("latent_means", "latent_covariances"):
+        assert torch.equal(before[stage][:19], after[stage][:19])
+        assert not torch.equal(before[stage][19], after[stage][19])
     assert torch.equal(before["network"], after["network"])
 
 
