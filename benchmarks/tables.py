@@ -41,6 +41,7 @@ BEFORE = {
     "fine_tuned": False,
     "num_copies": 0,
     "first_share": 0.0,
+    "covariance_clip_norm": 0.0,
 }
 
 
