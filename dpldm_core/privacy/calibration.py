@@ -158,7 +158,7 @@ def calibrate(
     total = sum(share for _, share in mechanisms)
     if not math.isclose(total, 1.0, abs_tol=1e-9):
         raise ConfigError(
-            f"the budget shares of the mechanisms sum to {total}, not 1: {[m.stage for m, _ in mechanisms]}"
+            f"the budget shares of the mechanisms sum to {total:.10g}, not 1: {[m.stage for m, _ in mechanisms]}"
         )
 
     def scaled(mu: float) -> list[MechanismPlan]:
