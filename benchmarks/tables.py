@@ -31,6 +31,7 @@ MADE = (
 TITLES = {"mnist": "MNIST", "fashion_mnist": "Fashion-MNIST"}  # of the data sets that everybody publishes
 BASELINES = {"one_shot_prior": "one-shot prior", "dp_merf": "DP-MERF", "pixel_dpdm": "DPDM on pixels"}
 
+ONE_SUM = "\u2020"  # after the preset of a result that was made before decision 21
 # What results did that were made before there was such a field.
 BEFORE = {
     "sharpness": 0.0,
@@ -41,7 +42,6 @@ BEFORE = {
     "fine_tuned": False,
     "num_copies": 0,
     "first_share": 0.0,
-    "covariance_clip_norm": 0.0,
 }
 
 
@@ -64,7 +64,8 @@ def _preset_of(result: dict) -> str:
         for field, value in has.items()
         if field not in ("num_samples", "dp_sgd") and had[field] != value
     ]
-    return f"{result['preset']} ({', '.join(then)})" if then else result["preset"]
+    name = result["preset"] + ("" if "mean_share" in config["prior"] else ONE_SUM)
+    return f"{name} ({', '.join(then)})" if then else name
 
 
 def stages_table() -> str:
@@ -250,7 +251,8 @@ def published_table() -> str:
     rows = [f"| method | {head} | cost of one release |", rule]
     rows += [f"| {found['method']} | {cells(found['accuracy'])} | {found['cost']} |" for found in small["methods"]]
     for preset in ("cpu", "long"):
-        own = [r for r in results_of_quality() if r["dataset"] in TITLES and _preset_of(r) == preset]
+        own = [r for r in results_of_quality() if r["dataset"] in TITLES and _preset_of(r).rstrip(ONE_SUM) == preset]
+        own.sort(key=_preset_of, reverse=True)  # what was made since takes the place of what was made before
         if not own:  # the preset has changed since
             continue
         accuracy: dict[str, dict[str, float]] = {}
@@ -268,9 +270,10 @@ def published_table() -> str:
 
 def _at(delta: float) -> str:
     """What releases of MNIST with preset cpu cost at another delta."""
-    own = [r for r in results_of_quality() if r["dataset"] == "mnist" and r["preset"] == "cpu"]
+    own = sorted(results_of_quality(), key=_preset_of, reverse=True)  # what was made since comes later, and stays
+    asked = {r["config"]["epsilon"]: r for r in own if r["dataset"] == "mnist" and r["preset"] == "cpu"}
     found = []
-    for r in sorted(own, key=lambda r: r["epsilon"]):
+    for _, r in sorted(asked.items()):
         events = [accounting.event_from_json(item["event"]) for item in r["events"]]
         relation = accounting.relation_from_name(r["neighboring_relation"])
         found.append(f"{accounting.epsilon(events, delta, relation):.2f} ({r['epsilon']:.2f} at {r['delta']:g})")
