@@ -12,11 +12,11 @@ import tempfile
 from pathlib import Path
 
 from _machine import describe_machine
-from quality import add_arguments, release_and_measure
+from quality import add_arguments, release_and_measure, request_of
 
 from dpldm_core.data.sources import load_dataset
 from dpldm_core.models.classifier import train_classifier
-from dpldm_core.presets import resolve_config
+from dpldm_core.overrides import merge
 from dpldm_core.release.measuring import FIRST_SEED
 
 RESULT = Path(__file__).parent / "results" / "ablation.json"
@@ -53,19 +53,13 @@ def main() -> None:
     """Run every arm and write the result file after each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
+    parser.set_defaults(dataset="mnist", epsilon=1.0)
     parser.add_argument("--json", action="store_true", help="print the result last")
     arguments = parser.parse_args()
     if arguments.config:
         parser.error("--config is set by the arms")
-    defaults = resolve_config(
-        dataset=arguments.dataset,
-        epsilon=arguments.epsilon,
-        delta=arguments.delta,
-        preset=arguments.preset,
-        num_samples=arguments.num_samples,
-        latent_mechanism="dp_sgd",
-        public_num_records=None,
-    ).model_dump()
+    with tempfile.TemporaryDirectory() as folder:
+        defaults = request_of(arguments, Path(folder)).config.model_dump()
     real = load_dataset(arguments.dataset, data_root=arguments.data_root, cache_dir=None, num_classes=None).train
     classes, epochs = real.schema.num_classes, defaults["evaluation"]["num_epochs"]
     judge = train_classifier(real.images, real.labels, num_classes=classes, num_epochs=epochs, seed=FIRST_SEED)
@@ -74,10 +68,14 @@ def main() -> None:
         print(name, flush=True)
         with tempfile.TemporaryDirectory() as folder:
             changes = Path(folder) / "changes.json"
-            changes.write_text(json.dumps(overrides(left_out, fields, defaults)))
+            changed = overrides(left_out, fields, defaults)
+            changes.write_text(json.dumps(changed))
             own = vars(arguments) | {"config": str(changes)}
             own |= {"baselines": ["one_shot_prior"] if name == "the whole method" else []}
             found = release_and_measure(argparse.Namespace(**own), Path(folder), judge)
+        for section, values in merge(defaults, changed).items():
+            if found["config"][section] != values:
+                raise AssertionError(f"{name!r} changed more than that: {section} is {found['config'][section]}")
         kept = ("epsilon", "measured", "baselines", "release_minutes", "stages", "config")
         result["arms"][name] = {key: found[key] for key in kept}
         RESULT.write_text(json.dumps(result, indent=1) + "\n")

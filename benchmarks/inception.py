@@ -109,10 +109,10 @@ def main() -> None:
             limits = {"data_root": arguments.data_root, "num_images": arguments.num_images}
             real[dataset] = real_features(dataset, extractor, **limits)
         found = measure(Path(arguments.images) / name, real[dataset], extractor, num_images=arguments.num_images)
-        result = {"dataset": release["dataset"], "epsilon": release["config"]["epsilon"], "preset": release["preset"]}
+        kept = {key: release[key] for key in ("dataset", "preset", "config")}
         RESULTS.mkdir(parents=True, exist_ok=True)
         path = RESULTS / f"{name}.json"
-        path.write_text(json.dumps(result | found | {"machine": describe_machine()}, indent=1) + "\n")
+        path.write_text(json.dumps(kept | found | {"machine": describe_machine()}, indent=1) + "\n")
         print(path)
 
 

@@ -33,7 +33,7 @@ from dpldm_core.models.classifier import SmallCnn, train_classifier
 from dpldm_core.privacy.calibration import COVARIANCES, DIFFUSION, MEANS, TEACHER
 from dpldm_core.privacy.report import recompute
 from dpldm_core.release.measuring import FIRST_SEED, evaluate_files
-from dpldm_core.release.opening import Decision, check_request, decide
+from dpldm_core.release.opening import Decision, Request, check_request, decide
 from dpldm_core.release.publishing import publish_release
 from dpldm_core.release.sampling import write_shard
 from dpldm_core.release.synthetic import write_synthetic_parquet
@@ -67,6 +67,21 @@ class Clock:
 def minutes_of(measured: dict[str, dict[str, float]]) -> float:
     """Minutes of a release from the seconds of its stages; the measurement is not among them."""
     return round(sum(measured[name]["wall_seconds"] for name in MADE if name in measured) / 60, 2)
+
+
+def request_of(arguments: argparse.Namespace, folder: Path) -> Request:
+    """The release that the arguments of :func:`add_arguments` ask for, with its bundle below ``folder``."""
+    return check_request(
+        dataset=arguments.dataset,
+        epsilon=arguments.epsilon,
+        delta=arguments.delta,
+        preset=arguments.preset,
+        num_samples=arguments.num_samples,
+        latent_mechanism=arguments.latent_mechanism,
+        budget_epsilon=0.0,
+        out=str(folder / "releases"),
+        config=arguments.config,
+    )
 
 
 def train_models(
@@ -143,17 +158,7 @@ def release_and_measure(
     """
     clock = Clock()
     with clock.stage("open"):
-        request = check_request(
-            dataset=arguments.dataset,
-            epsilon=arguments.epsilon,
-            delta=arguments.delta,
-            preset=arguments.preset,
-            num_samples=arguments.num_samples,
-            latent_mechanism=arguments.latent_mechanism,
-            budget_epsilon=0.0,
-            out=str(folder / "releases"),
-            config=arguments.config,
-        )
+        request = request_of(arguments, folder)
         decision = decide(request, data_root=arguments.data_root, cache_dir=str(folder))
     config, plan, schema = request.config, decision.plan, decision.schema
     with clock.stage("ingest"):

@@ -6,6 +6,7 @@ import argparse
 import json
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -31,18 +32,9 @@ MADE = (
 TITLES = {"mnist": "MNIST", "fashion_mnist": "Fashion-MNIST"}  # of the data sets that everybody publishes
 BASELINES = {"one_shot_prior": "one-shot prior", "dp_merf": "DP-MERF", "pixel_dpdm": "DPDM on pixels"}
 
-ONE_SUM = "\u2020"  # after the preset of a result that was made before decision 21
+ONE_SUM = "\u2020"  # on a result that was made before decision 21
 # What results did that were made before there was such a field.
-BEFORE = {
-    "sharpness": 0.0,
-    "S_noise": 1.0,
-    "latent_noise": 0.0,
-    "deformation": 0.0,
-    "num_views": 1,
-    "fine_tuned": False,
-    "num_copies": 0,
-    "first_share": 0.0,
-}
+BEFORE = {"fine_tuned": False, "num_copies": 0, "first_share": 0.0}
 
 
 def results_of_quality() -> list[dict]:
@@ -64,8 +56,13 @@ def _preset_of(result: dict) -> str:
         for field, value in has.items()
         if field not in ("num_samples", "dp_sgd") and had[field] != value
     ]
-    name = result["preset"] + ("" if "mean_share" in config["prior"] else ONE_SUM)
+    name = result["preset"] + _mark(config)
     return f"{name} ({', '.join(then)})" if then else name
+
+
+def _mark(config: dict | None) -> str:
+    """What tells a result of before decision 21; those that carry no configuration are of before it."""
+    return "" if config and "mean_share" in config["prior"] else ONE_SUM
 
 
 def stages_table() -> str:
@@ -170,8 +167,8 @@ def inception_table() -> str:
         release, prior = result["release"], result["one_shot_prior"]
         cells = (
             result["dataset"],
-            f"{result['epsilon']:g}",
-            result["preset"],
+            f"{result['config']['epsilon'] if 'config' in result else result['epsilon']:g}",
+            result["preset"] + _mark(result.get("config")),
             f"{result['metric']}, {result['num_images']:,}",
             *(f"{value:.3g}" for value in (result["floor"], release, prior)),
             f"{release / prior:.2f}",
@@ -186,7 +183,7 @@ def ablation_table() -> str:
     rows = ["| left out | accuracy | Frechet distance | epsilon | seconds of processor |", "|---|---|---|---|---|"]
     for name, arm in result["arms"].items():
         seconds = sum(stage["cpu_seconds"] for stage_name, stage in arm["stages"].items() if stage_name in MADE)
-        rows.append(_ablation_row(name, arm["measured"], arm["epsilon"], f"{seconds:.0f}"))
+        rows.append(_ablation_row(name + _mark(arm["config"]), arm["measured"], arm["epsilon"], f"{seconds:.0f}"))
     for name, found in result["arms"]["the whole method"]["baselines"].items():
         rows.append(
             _ablation_row(
@@ -225,7 +222,7 @@ def variety_table() -> str:
         ]
         frechet = measured["fd_real_classifier"]
         cells = (
-            point["kind"],
+            point["kind"] + _mark(point.get("config")),
             f"{point['num_records']:,}",
             f"{point['epsilon']:.2f}",
             f"{accuracies[0]}, {accuracies[1]}",
@@ -245,8 +242,8 @@ def published_table() -> str:
     head = " | ".join(f"{TITLES[dataset]}, {epsilon}" for dataset, epsilon in columns)
     rule = "|" + "---|" * (len(columns) + 2)
 
-    def cells(accuracy: dict[str, dict[str, float]]) -> str:
-        return " | ".join(f"{accuracy[d][e]:.1f}" if e in accuracy.get(d, {}) else "-" for d, e in columns)
+    def cells(accuracy: Mapping[str, Mapping[str, float | str]]) -> str:
+        return " | ".join(str(accuracy.get(d, {}).get(e, "-")) for d, e in columns)
 
     rows = [f"| method | {head} | cost of one release |", rule]
     rows += [f"| {found['method']} | {cells(found['accuracy'])} | {found['cost']} |" for found in small["methods"]]
@@ -255,10 +252,10 @@ def published_table() -> str:
         own.sort(key=_preset_of, reverse=True)  # what was made since takes the place of what was made before
         if not own:  # the preset has changed since
             continue
-        accuracy: dict[str, dict[str, float]] = {}
+        accuracy: dict[str, dict[str, str]] = {}
         for r in own:
             mean = 100 * r["measured"]["train_on_synthetic_accuracy"]["mean"]
-            accuracy.setdefault(r["dataset"], {})[f"{r['config']['epsilon']:g}"] = mean
+            accuracy.setdefault(r["dataset"], {})[f"{r['config']['epsilon']:g}"] = f"{mean:.1f}{_mark(r['config'])}"
         hours = [sum(r["stages"][name]["cpu_seconds"] for name in MADE) / 3600 for r in own]
         cost = f"{min(hours):.1f} to {max(hours):.1f} hours of one CPU core"
         rows.append(f"| **dpldm, preset {preset}** | {cells(accuracy)} | {cost} |")

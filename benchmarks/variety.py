@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from _machine import describe_machine
 from quality import add_arguments, release_and_measure
 
 from dpldm_core.data.sources import load_dataset
@@ -118,7 +117,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="points whose name contains this")
     parser.add_argument("--json", action="store_true", help="print the result last")
     arguments = parser.parse_args()
-    result = {"dataset": arguments.dataset, "preset": arguments.preset, "points": {}, "machine": describe_machine()}
+    result = {"dataset": arguments.dataset, "preset": arguments.preset, "points": {}}
     if RESULT.exists() and arguments.only:
         result = json.loads(RESULT.read_text())
     for point in POINTS:
@@ -126,7 +125,7 @@ def main() -> None:
             continue
         print(point.name, flush=True)
         found = measure(point, arguments)
-        kept = ("epsilon", "delta", "measured", "baselines", "release_minutes", "stages")
+        kept = ("epsilon", "delta", "measured", "baselines", "release_minutes", "stages", "config", "machine")
         result["points"][point.name] = vars(point) | {key: found[key] for key in kept}
         RESULT.write_text(json.dumps(result, indent=1) + "\n")
     if arguments.json:
