@@ -1,4 +1,4 @@
-"""Write the tables of README.md from the committed result files: python benchmarks/tables.py [--check]."""
+"""Write the tables of README.md and docs/results.md from the result files: python benchmarks/tables.py [--check]."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dpldm_core.presets import REFERENCE_RECORDS, preset_values
 from dpldm_core.privacy import accounting
 
 HERE = Path(__file__).resolve().parent
-README = HERE.parent / "README.md"
+PAGES = HERE.parent / "README.md", HERE.parent / "docs" / "results.md"
 MARK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 # The stages of a release in the order in which they run: the measurement is not among them.
@@ -30,6 +30,20 @@ MADE = (
     "publish",
 )
 TITLES = {"mnist": "MNIST", "fashion_mnist": "Fashion-MNIST"}  # of the data sets that everybody publishes
+PRESETS = {  # name: what it is for, images of a release, data sets and epsilons beside it
+    "quick": ("the default: a first look, and sets of some thousand images", "10,000", [("mnist5k", 10)]),
+    "cpu": (
+        "60,000 images in less than half an hour on two idle cores",
+        "60,000",
+        [("mnist", 1), ("fashion_mnist", 1)],
+    ),
+    "long": (
+        "accuracy, where the number of images times epsilon is 300,000 or more: an hour and more",
+        "60,000; more by `--num_samples` pay",
+        [("mnist", 10), ("fashion_mnist", 10)],
+    ),
+    "gpu": ("a wider denoiser, for one GPU", "60,000", []),
+}
 BASELINES = {"one_shot_prior": "one-shot prior", "dp_merf": "DP-MERF", "pixel_dpdm": "DPDM on pixels"}
 
 ONE_SUM = "\u2020"  # on a result that was made before decision 21
@@ -65,6 +79,33 @@ def _mark(config: dict | None) -> str:
     return "" if config and "mean_share" in config["prior"] else ONE_SUM
 
 
+def presets_table() -> str:
+    """One row per preset, with results of some of its releases."""
+    rows = ["| `--preset` | for | images | measured (small CNN on real test images) |", "|---|---|---|---|"]
+    names = TITLES | {"mnist5k": "embedded digits"}
+    newest = {(r["dataset"], r["preset"], r["config"]["epsilon"]): r for r in _oldest_first() if _is_preset(r)}
+    for preset, (purpose, images, shown) in PRESETS.items():
+        found = []
+        for dataset, epsilon in shown:
+            result = newest[dataset, preset, epsilon]
+            accuracy = 100 * result["measured"]["train_on_synthetic_accuracy"]["mean"]
+            machine, minutes = result["machine"], result["release_minutes"]
+            cores = f"{machine['cores']} core" + "s" * (machine["cores"] > 1)
+            found.append(f"{names[dataset]}, epsilon {epsilon}: {accuracy:.1f} % in {minutes:.0f} minutes of {cores}")
+        rows.append(f"| `{preset}` | {purpose} | {images} | {'; '.join(found) or 'never run on one: no result'} |")
+    return "\n".join(rows)
+
+
+def _is_preset(result: dict) -> bool:
+    """Whether a result was made with all of its preset's values of today."""
+    return _preset_of(result) == result["preset"] + _mark(result["config"])
+
+
+def _oldest_first() -> list[dict]:
+    """Results in the tables' order, those of before decision 21 before the others."""
+    return sorted(results_of_quality(), key=lambda r: _mark(r["config"]) == "")
+
+
 def stages_table() -> str:
     """Processor seconds and peak memory of each stage of the same releases."""
     stages = MADE[2:]
@@ -89,7 +130,7 @@ def stages_table() -> str:
 def quality_table() -> str:
     """One row per result file of benchmarks/quality.py."""
     rows = [
-        "| data | epsilon (delta 1e-5) | preset | small CNN trained on it: accuracy, sd, max of n, images | on "
+        "| data | epsilon | preset | small CNN trained on it: accuracy, sd, max of n, images | on "
         "real data | Frechet distance / floor | same epsilon, same run: accuracy, distance | minutes | machine |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
@@ -109,7 +150,7 @@ def _quality_row(result: dict) -> str:
     mode = "" if result["config"]["latent_mechanism"] == "dp_sgd" else ", noised_latents"
     cells = (
         f"{result['dataset']}{mode}",
-        f"{result['epsilon']:.2f} {result['neighboring_relation']}",
+        f"{result['epsilon']:.2f}",
         _preset_of(result),
         f"{100 * accuracy['mean']:.1f}, {deviation}, {100 * accuracy['max']:.1f} of {accuracy['num_seeds']}, "
         f"{accuracy['num_images']:,}",
@@ -248,8 +289,7 @@ def published_table() -> str:
     rows = [f"| method | {head} | cost of one release |", rule]
     rows += [f"| {found['method']} | {cells(found['accuracy'])} | {found['cost']} |" for found in small["methods"]]
     for preset in ("cpu", "long"):
-        own = [r for r in results_of_quality() if r["dataset"] in TITLES and _preset_of(r).rstrip(ONE_SUM) == preset]
-        own.sort(key=_preset_of, reverse=True)  # what was made since takes the place of what was made before
+        own = [r for r in _oldest_first() if r["dataset"] in TITLES and r["preset"] == preset and _is_preset(r)]
         if not own:  # the preset has changed since
             continue
         accuracy: dict[str, dict[str, str]] = {}
@@ -267,8 +307,8 @@ def published_table() -> str:
 
 def _at(delta: float) -> str:
     """What releases of MNIST with preset cpu cost at another delta."""
-    own = sorted(results_of_quality(), key=_preset_of, reverse=True)  # what was made since comes later, and stays
-    asked = {r["config"]["epsilon"]: r for r in own if r["dataset"] == "mnist" and r["preset"] == "cpu"}
+    own = [r for r in _oldest_first() if r["dataset"] == "mnist" and r["preset"] == "cpu"]
+    asked = {r["config"]["epsilon"]: r for r in own}  # what was made since takes the place of what was made before
     found = []
     for _, r in sorted(asked.items()):
         events = [accounting.event_from_json(item["event"]) for item in r["events"]]
@@ -334,6 +374,7 @@ def overhead_table() -> str:
 
 
 TABLES = {
+    "presets": presets_table,
     "published": published_table,
     "quality": quality_table,
     "stages": stages_table,
@@ -355,11 +396,13 @@ def rendered(text: str) -> str:
 def main() -> int:
     """Write the tables, or with --check tell whether they are up to date."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 when a table is out of date")
-    text = README.read_text()
-    if parser.parse_args().check:
-        return int(text != rendered(text))
-    README.write_text(rendered(text))
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with the number of pages out of date")
+    check = parser.parse_args().check
+    stale = [page for page in PAGES if page.read_text() != rendered(page.read_text())]
+    if check:
+        return len(stale)
+    for page in stale:
+        page.write_text(rendered(page.read_text()))
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Images, resources, cache version and stores: the one place that reads the environment."""
+"""Images, resources, cache version, stores: the one place that reads the environment, but for MLflow (_tracking.py)."""
 
 from __future__ import annotations
 

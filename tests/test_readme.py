@@ -5,8 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
+RESULTS = (ROOT / "docs" / "results.md").read_text()
 
 
 def test_every_make_target_exists():
@@ -24,9 +27,22 @@ def test_every_option_of_the_release_exists():
     assert set(re.findall(r"--([a-z][a-z_-]+)", README)) <= known
 
 
-def test_every_link_leads_somewhere():
-    for path in re.findall(r"\]\((?!http)([^)#]+)\)", README):
-        assert (ROOT / path).exists(), path
+@pytest.mark.parametrize("folder, page", [(ROOT, README), (ROOT / "docs", RESULTS)], ids=["README", "results"])
+def test_every_link_leads_somewhere(folder, page):
+    found = re.findall(r"\]\((?!http)([^)#]+)\)", page)
+    assert len(found) > 5
+    for path in found:
+        assert (folder / path).exists(), path
+
+
+def test_every_benchmark_command_has_a_script_with_these_options():
+    commands = re.findall(r"python (benchmarks/\w+\.py)((?: [^\n`]+)?)", RESULTS)
+    assert len({script for script, _ in commands}) >= 8
+    for script, arguments in commands:
+        source = "".join((ROOT / "benchmarks" / name).read_text() for name in ("quality.py", Path(script).name))
+        assert (ROOT / script).exists(), script
+        for option in re.findall(r"--[a-z-]+", arguments):
+            assert f'"{option}"' in source, (script, option)
 
 
 def test_every_environment_variable_is_read_somewhere():

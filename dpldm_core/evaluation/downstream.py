@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from dpldm_core.models.classifier import SmallCnn, device, to_pixels, train_classifier
+from dpldm_core.models.classifier import SmallCnn, device, to_pixels
 
 
 @dataclass(frozen=True)
@@ -73,31 +73,3 @@ def predicted_right(classifier: SmallCnn, images: np.ndarray, labels: np.ndarray
     finally:
         torch.set_num_threads(threads)
     return np.array(found, dtype=np.int64) == labels
-
-
-def train_on_synthetic_accuracy(
-    images: np.ndarray,
-    labels: np.ndarray,
-    test_images: np.ndarray,
-    test_labels: np.ndarray,
-    *,
-    num_classes: int,
-    num_epochs: int,
-    seed: int,
-) -> DownstreamAccuracy:
-    """Train on synthetic images, test on held-out real ones (TSTR, Esteban et al. 2017, arXiv 1706.02633).
-
-    Args:
-        images: Training images, uint8 [n, h, w, c]: synthetic, or the real training records for the ceiling.
-        labels: int64 [n].
-        test_images: Held-out real images, uint8 [m, h, w, c]. Private.
-        test_labels: int64 [m]. Private.
-        num_classes: Number of classes.
-        num_epochs: Passes over the training images; fixed, nothing is selected.
-        seed: Of initial weights, order and dropout.
-
-    Returns:
-        Accuracy of the last step. Private.
-    """
-    classifier = train_classifier(images, labels, num_classes=num_classes, num_epochs=num_epochs, seed=seed)
-    return held_out_accuracy(classifier, test_images, test_labels, num_classes=num_classes)

@@ -74,8 +74,7 @@ def read_public_config(bundle: Path) -> tuple[ReleaseConfig, ImageSchema, float]
         values = json.loads((bundle / CONFIG).read_text())
         extra = {name: values.pop(name) for name in _EXTRA}
         schema = ImageSchema.model_validate(extra["schema"])
-        values = {"publish_metrics": False} | values  # bundles from before there was such a choice
-        values["evaluation"] = {"metrics_share": 0.01} | values["evaluation"]
+        # Bundles from before decisions 20 and 21 are read as if they had made these choices.
         values["prior"] = {"covariance_clip_norm": 0.65, "mean_share": 0.2} | values["prior"]
         values["teacher"] = {"fine_tuned": False, "num_copies": 0, "first_share": 0.0} | values["teacher"]
         return ReleaseConfig.model_validate(values), schema, float(extra["latent_noise_std"])

@@ -2,13 +2,13 @@ import numpy as np
 import pytest
 import torch
 
-from dpldm_core.evaluation.downstream import (
-    SmallCnn,
-    held_out_accuracy,
-    predicted_right,
-    train_classifier,
-    train_on_synthetic_accuracy,
-)
+from dpldm_core.evaluation.downstream import held_out_accuracy, predicted_right
+from dpldm_core.models.classifier import SmallCnn, train_classifier
+
+
+def accuracy_of_training(images, labels, test_images, test_labels, *, num_classes, **settings):
+    classifier = train_classifier(images, labels, num_classes=num_classes, **settings)
+    return held_out_accuracy(classifier, test_images, test_labels, num_classes=num_classes)
 
 
 def test_it_learns_digits_and_not_shuffled_labels(digits):
@@ -16,9 +16,9 @@ def test_it_learns_digits_and_not_shuffled_labels(digits):
     images, labels = digits
     test = images[1200:], labels[1200:]
     settings = {"num_classes": 10, "num_epochs": 8, "seed": 0}
-    learnt = train_on_synthetic_accuracy(images[:1200], labels[:1200], *test, **settings)
+    learnt = accuracy_of_training(images[:1200], labels[:1200], *test, **settings)
     shuffled = np.random.default_rng(1).permutation(labels[:1200])
-    control = train_on_synthetic_accuracy(images[:1200], shuffled, *test, **settings)
+    control = accuracy_of_training(images[:1200], shuffled, *test, **settings)
     assert learnt.accuracy > 0.93
     assert control.accuracy < 0.2
     assert min(learnt.per_class) > 0.8
@@ -31,16 +31,15 @@ def test_it_sees_colour():
     images = rng.integers(0, 60, (600, 8, 8, 3), dtype=np.uint8)
     images[np.arange(600), :, :, labels] += 120
     settings = {"num_classes": 3, "num_epochs": 5, "seed": 0}
-    assert (
-        train_on_synthetic_accuracy(images[:300], labels[:300], images[300:], labels[300:], **settings).accuracy > 0.98
-    )
+    halves = images[:300], labels[:300], images[300:], labels[300:]
+    assert accuracy_of_training(*halves, **settings).accuracy > 0.98
 
 
 def test_read_only_arrays_as_parquet_gives_them_are_taken(digits):
     images, labels = digits[0][:20], digits[1][:20]
     for array in (images, labels):
         array.setflags(write=False)
-    train_on_synthetic_accuracy(images, labels, images, labels, num_classes=10, num_epochs=1, seed=0)
+    accuracy_of_training(images, labels, images, labels, num_classes=10, num_epochs=1, seed=0)
 
 
 def test_equal_seeds_give_equal_weights_and_leave_the_global_state_alone(digits):

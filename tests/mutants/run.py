@@ -28,7 +28,7 @@ Generated from `tests/mutants/table.py`; do not edit, but run `python -m tests.m
 change that breaks the promise. `make mutants` applies each to a copy of the code, where every test named beside it must
 fail by an assertion (not by a fault of the mutant); without the mutant they must all pass.
 
-{count} mutants. They cover the {items} things on the list that this suite was asked for; the rows under "{beyond}" came
+{count} mutants. They cover the {items} kinds of fault that this suite set out to see; the rows under "{beyond}" came
 on top.
 """
 # Loaded once, in the process that every run is forked from; nothing of this repository, which each run has a copy of.

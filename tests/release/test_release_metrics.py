@@ -184,7 +184,7 @@ def test_bundles_from_before_the_choice_are_sampled_again(tmp_path):
     values = public_config(config, schema, 0.0, "d")
     (tmp_path / CONFIG).write_text(json.dumps(values))
     assert read_public_config(tmp_path) == (config, schema, 0.0)
-    del values["publish_metrics"], values["evaluation"]["metrics_share"]
+    del values["prior"]["covariance_clip_norm"], values["prior"]["mean_share"]
     del values["teacher"]["fine_tuned"], values["teacher"]["num_copies"], values["teacher"]["first_share"]
     (tmp_path / CONFIG).write_text(json.dumps(values))
     assert read_public_config(tmp_path)[0] == config
