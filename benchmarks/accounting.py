@@ -29,7 +29,6 @@ RESULTS = Path(__file__).parent / "results" / "accounting.json"
 DELTA = 1e-5
 # batch of 60,000, noise of stage 1 and of stage 2, steps of stage 2, noise of the sum
 GRID = list(itertools.product((512, 4096), (1.5, 4.0, 12.0), (300, 1500, 3000), (5.0, 40.0, 200.0)))[:50]
-DISCRETISATION = 0.02  # what PLD's upward rounding adds at most here; seen where epsilon itself is below 0.2
 ANCHOR = (
     (4096, 2.0, 1000, 1.5, 3000, 5.0),
     {"pld": 17.011, "replace_one": 37.16},
@@ -56,7 +55,7 @@ def compare(batch: int, noise: float, steps: int, one_shot: float) -> dict[str, 
     rdp = accounting.rdp_epsilon(events, DELTA)
     row = {"batch": batch, "noise_multiplier": noise, "num_steps": steps, "one_shot_noise_multiplier": one_shot}
     numbers = {"pld": pld, "prv_lower": lower, "prv_upper": upper, "rdp": rdp}
-    agree = lower <= pld <= min(upper, rdp + DISCRETISATION)
+    agree = lower <= pld <= min(upper, rdp + accounting.PLD_ROUNDING)
     return row | {name: round(value, 4) for name, value in numbers.items()} | {"agree": agree}
 
 

@@ -13,11 +13,13 @@ from pydantic import BaseModel, ConfigDict, Field
 LatentMechanism = Literal["dp_sgd", "noised_latents"]
 
 
-class _Frozen(BaseModel):
+class Frozen(BaseModel):
+    """Plain public values that never change: unknown keys, infinities and NaN are refused."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
-class DpSgdConfig(_Frozen):
+class DpSgdConfig(Frozen):
     """DP-SGD of one stage. The noise multiplier is not here: it is calibrated to the asked epsilon."""
 
     sample_rate: float = Field(gt=0, le=1, description="Poisson inclusion probability of a unit per step; public")
@@ -30,7 +32,7 @@ class DpSgdConfig(_Frozen):
     )
 
 
-class AutoencoderConfig(_Frozen):
+class AutoencoderConfig(Frozen):
     """Stage 1."""
 
     frequencies: int = Field(ge=2, le=64, description="cosine frequencies kept per axis and channel")
@@ -41,7 +43,7 @@ class AutoencoderConfig(_Frozen):
     dp_sgd: DpSgdConfig
 
 
-class PriorConfig(_Frozen):
+class PriorConfig(Frozen):
     """The one-shot Gaussian prior that stage 2 starts from."""
 
     clip_norm: float = Field(gt=0, description="L2 norm of a latent over sqrt(latent_dim) that it is clipped to")
@@ -52,7 +54,7 @@ class PriorConfig(_Frozen):
     budget_share: float = Field(gt=0, le=1, description="share of the squared Gaussian-DP budget")
 
 
-class DiffusionConfig(_Frozen):
+class DiffusionConfig(Frozen):
     """Stage 2."""
 
     width: int = Field(ge=8, description="channels of the denoiser")
@@ -66,7 +68,7 @@ class DiffusionConfig(_Frozen):
     dp_sgd: DpSgdConfig
 
 
-class TeacherConfig(_Frozen):
+class TeacherConfig(Frozen):
     """The label teacher, which names the classes of the synthetic images. Used by latent_mechanism dp_sgd only."""
 
     num_synthetic: int = Field(ge=2, description="synthetic images that its features are learnt from; free")
@@ -94,7 +96,7 @@ class TeacherConfig(_Frozen):
     dp_sgd: DpSgdConfig
 
 
-class NoisedLatentsConfig(_Frozen):
+class NoisedLatentsConfig(Frozen):
     """Used by latent_mechanism noised_latents only."""
 
     autoencoder_share: float = Field(gt=0, lt=1, description="budget share of stage 1")
@@ -103,7 +105,7 @@ class NoisedLatentsConfig(_Frozen):
     batch_size: int = Field(ge=1, description="released latents per step")
 
 
-class SamplingConfig(_Frozen):
+class SamplingConfig(Frozen):
     """The sampler. Post-processing: free."""
 
     num_samples: int = Field(ge=1, description="synthetic images, when the input num_samples is 0")
@@ -119,7 +121,7 @@ class SamplingConfig(_Frozen):
     num_shards: int = Field(ge=1, description="parallel sampling tasks")
 
 
-class EvaluationConfig(_Frozen):
+class EvaluationConfig(Frozen):
     """Internal measurements, and the accuracy that is released when ``publish_metrics`` asks for it."""
 
     num_epochs: int = Field(ge=1, description="epochs of the downstream classifier; fixed, nothing is selected")
@@ -132,7 +134,7 @@ class EvaluationConfig(_Frozen):
     )
 
 
-class PerformanceConfig(_Frozen):
+class PerformanceConfig(Frozen):
     """Knobs that cannot change the guarantee."""
 
     physical_batch_size: int = Field(ge=1, description="units per forward pass")
@@ -143,7 +145,7 @@ class PerformanceConfig(_Frozen):
     checkpoint_every: int = Field(ge=1, description="steps of private training between two checkpoints")
 
 
-class AuditNote(_Frozen):
+class AuditNote(Frozen):
     """The result of an audit on public data, shown on the card beside the claim. Cannot change the guarantee."""
 
     dataset: str = Field(description="built-in public data set that was audited")
@@ -156,7 +158,7 @@ class AuditNote(_Frozen):
     method: str
 
 
-class ReleaseConfig(_Frozen):
+class ReleaseConfig(Frozen):
     """Everything that decides what a release is, resolved before any private data is read."""
 
     dataset: str = Field(description="built-in name, or path or s3:// URI of own data")

@@ -9,7 +9,7 @@ import os
 import secrets
 import tempfile
 from collections.abc import Callable
-from functools import cache, wraps
+from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from flytekit import Cache, Resources, current_context, task
 from flytekit.extras.accelerators import A100
 
 from dpldm_core.errors import DpldmError
+from dpldm_core.provenance import code_digest
 
 if TYPE_CHECKING:
     from dpldm_core.privacy.ledger import Ledger
@@ -26,17 +27,7 @@ if TYPE_CHECKING:
 CPU_IMAGE = "{{.image.cpu.fqn}}:{{.image.cpu.version}}"
 GPU_IMAGE = "{{.image.gpu.fqn}}:{{.image.gpu.version}}"
 _PROCESS = secrets.token_hex(8)
-_CORE = Path(__file__).resolve().parent.parent / "dpldm_core"
 atexit.register(gc.freeze)  # else Python searches all of torch and MLflow for cycles, two seconds long, before it exits
-
-
-@cache
-def code_digest() -> str:
-    """SHA-256 over the library's source: part of every cache key and of every stage's binding in the ledger."""
-    digest = hashlib.sha256()
-    for path in sorted(_CORE.rglob("*.py")):
-        digest.update(path.relative_to(_CORE).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
-    return digest.hexdigest()
 
 
 # retries: a killed private stage goes on from its checkpoint under the same ledger entry and key (docs/decisions/0004).

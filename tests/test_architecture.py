@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted(p for room in ("dpldm_core", "tasks", "workflows") for p in (ROOT / room).rglob("*.py"))
 SIBLINGS = ("data", "privacy", "models", "diffusion", "evaluation")
-GROUND = ("errors", "rng", "config", "overrides", "presets", "storage", "threads")
+GROUND = ("errors", "rng", "config", "overrides", "presets", "provenance", "storage", "threads")
 # Inside core, low to high; what a room may import besides itself and the ground floor.
 ALLOWED = {
     "data": (),

@@ -34,10 +34,10 @@ def test_every_preset_resolves_and_survives_json(preset, mechanism):
 @pytest.mark.parametrize("mechanism", MECHANISMS)
 @pytest.mark.parametrize("epsilon", [0.2, 10.0])
 def test_every_preset_is_calibrated_to_the_asked_epsilon(preset, mechanism, epsilon):
-    """Not a penny more, and at most 1 % less."""
+    """Not a penny more, and at most 0.2 % less."""
     config = resolve(preset=preset, latent_mechanism=mechanism, epsilon=epsilon)
     plan = plan_release(config, num_classes=10, latent_dim=196, grouped=False)
-    assert 0.99 * epsilon <= plan.epsilon() <= epsilon
+    assert 0.998 * epsilon <= plan.epsilon() <= epsilon
 
 
 def test_the_rate_follows_from_the_declared_number_of_records():

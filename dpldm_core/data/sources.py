@@ -66,6 +66,9 @@ def load_dataset(dataset: str, *, data_root: str | None, cache_dir: str | None, 
         cache_dir: Where torchvision downloads to when ``data_root`` is not given.
         num_classes: Declared public number of classes.
 
+    Returns:
+        Training records, and test records where the data set has them.
+
     Raises:
         ConfigError: No such built-in name.
         DataError: The data is missing or cannot be used.

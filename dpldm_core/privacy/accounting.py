@@ -45,7 +45,7 @@ __all__ = [
 
 VALUE_DISCRETIZATION_INTERVAL = 1e-3
 _MOST_COPIES = 10_000
-_PLD_ROUNDING = 0.02  # what discretisation adds at most; it shows where epsilon itself is below 0.2
+PLD_ROUNDING = 0.02  # what discretisation adds at most; it shows where epsilon itself is below 0.2
 # Share of delta kept back for the truncation of Poisson batches (docs/decisions/0006).
 TRUNCATION_DELTA_SHARE = 1e-6
 
@@ -189,7 +189,7 @@ def cross_check(events: Sequence[DpEvent], delta: float, relation: NeighboringRe
         upper = rdp_epsilon(events, delta)
         prv_lower, prv_upper = prv_epsilon(gaussian_steps(events), delta)
         checks = {"pld": ours, "prv_lower": prv_lower, "prv_upper": prv_upper, "rdp": upper}
-        agree = prv_lower <= ours <= prv_upper + 1e-3 * ours and ours <= upper + _PLD_ROUNDING
+        agree = prv_lower <= ours <= prv_upper + 1e-3 * ours and ours <= upper + PLD_ROUNDING
     else:
         gaussian, pure = _split_pure(events)
         lower = epsilon(gaussian, delta, NeighboringRelation.ADD_OR_REMOVE_ONE)

@@ -14,9 +14,10 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import nn
 
+from dpldm_core.config import Frozen
 from dpldm_core.errors import AuditError
 from dpldm_core.privacy import accounting
 from dpldm_core.privacy.accounting import NeighboringRelation
@@ -33,11 +34,7 @@ _RECORDING = threading.RLock()
 Data = TypeVar("Data")
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class StepBound(_Frozen):
+class StepBound(Frozen):
     """A bound on one step of a plan."""
 
     stage: str
@@ -53,7 +50,7 @@ class RunBounds(Bounds):
     claim: float = Field(description="epsilon of these stages together, as charged")
 
 
-class AuditReport(_Frozen):
+class AuditReport(Frozen):
     """What an audit of a release's stages found, and what it was made on."""
 
     dataset: str
@@ -172,6 +169,9 @@ def single_step_audit(
         confidence: Of the bound.
         trials: Steps in each of the two worlds.
         engine: The engine, or a faulty one.
+
+    Returns:
+        The claim for one step, and a lower bound on what it really costs.
     """
     step = plan.model_copy(update={"num_steps": trials, "max_batch_size": 3})
     data = torch.tensor([[9.0, 0.0], [-7.0, 0.0], [0.0, 50.0]])

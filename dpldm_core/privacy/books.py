@@ -10,7 +10,7 @@ from typing import Any
 from dpldm_core.errors import BudgetError, LedgerError
 from dpldm_core.privacy import accounting
 from dpldm_core.privacy.accounting import NeighboringRelation
-from dpldm_core.privacy.budget import Claim, joint_epsilon, placeholder, truncation_of
+from dpldm_core.privacy.budget import Claim, joint_epsilon, placeholder
 from dpldm_core.privacy.chain import Link
 from dpldm_core.privacy.plan import ReleasePlan
 
@@ -77,7 +77,7 @@ class Entry:
         if self.plan is None:
             event = placeholder(self.epsilon, self.delta, accounting.relation_from_name(self.relation))
             return Claim((event,), 0.0, self.fixed_at, self.first_read_at, self.cohort)
-        truncation = truncation_of(self.plan)
+        truncation = self.plan.truncation()
         return Claim(tuple(self.plan.events()), truncation, self.fixed_at, self.first_read_at, self.cohort)
 
 
@@ -156,7 +156,7 @@ class Books:
         opened, entries = self.account(account), self.live(account)
         relations = {opened.relation, *(e.relation for e in entries), *(p.relation for _, p in opened.schedule)}
         name = "REPLACE_ONE" if "REPLACE_ONE" in relations else opened.relation
-        slots = [Claim(tuple(p.events()), truncation_of(p), at, None) for at, p in opened.schedule]
+        slots = [Claim(tuple(p.events()), p.truncation(), at, None) for at, p in opened.schedule]
         return [*(e.claim() for e in entries), *slots], opened.delta, accounting.relation_from_name(name)
 
     def _fits(self, account: Account, claims: Sequence[Claim], relation: NeighboringRelation) -> bool:

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 from dpldm_core.privacy import accounting
 from dpldm_core.privacy.accounting import DpEvent, NeighboringRelation
-from dpldm_core.privacy.plan import DpSgdPlan, ReleasePlan
 
 EVERY_COHORT = ""
 
@@ -36,11 +35,6 @@ class Claim:
     fixed_at: int
     first_read_at: int | None
     cohort: str = EVERY_COHORT
-
-
-def truncation_of(plan: ReleasePlan) -> float:
-    """Sum over the steps of all DP-SGD stages of the probability that a batch is cut."""
-    return sum(m.num_steps * m.truncation_probability for m in plan.mechanisms if isinstance(m, DpSgdPlan))
 
 
 def placeholder(epsilon: float, delta: float, relation: NeighboringRelation) -> DpEvent:

@@ -234,9 +234,8 @@ def solve_scale(
 
 def _check_truncation(plan: ReleasePlan) -> None:
     """Refuse a plan whose cut batches could cost more than the share of delta that is kept for them."""
-    mass = sum(m.num_steps * m.truncation_probability for m in plan.mechanisms if isinstance(m, DpSgdPlan))
     replaced = plan.epsilon(NeighboringRelation.REPLACE_ONE)
-    worst = (1.0 + math.exp(min(replaced, 600.0))) * mass
+    worst = (1.0 + math.exp(min(replaced, 600.0))) * plan.truncation()
     if worst > accounting.TRUNCATION_DELTA_SHARE * plan.delta:
         raise AccountingError(f"cut batches may cost {worst:.3g} of delta, more than is kept for them")
 

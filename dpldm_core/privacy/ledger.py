@@ -59,6 +59,9 @@ class Ledger:
             relation: dp-accounting's name of the relation of the cap.
             public: Whether the data protects nobody.
 
+        Returns:
+            The account as it stands.
+
         Raises:
             BudgetError: The account is open with a lower cap; only :meth:`raise_cap` raises it.
         """

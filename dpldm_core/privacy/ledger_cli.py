@@ -11,7 +11,7 @@ from pathlib import Path
 from dpldm_core.errors import BudgetError, DpldmError
 from dpldm_core.privacy import accounting
 from dpldm_core.privacy.books import Books
-from dpldm_core.privacy.budget import Claim, joint_epsilon, placeholder, truncation_of
+from dpldm_core.privacy.budget import Claim, joint_epsilon, placeholder
 from dpldm_core.privacy.ledger import Ledger, default_url
 from dpldm_core.privacy.plan import ReleasePlan
 
@@ -93,7 +93,7 @@ def _forecast(ledger: Ledger, arguments: argparse.Namespace) -> list[str]:
         if arguments.seal:
             ledger.seal(account.name, [plan] * count)
             return [f"sealed: {count} releases of plan {plan.digest()[:12]} on account {account.name}"]
-        events, truncation = tuple(plan.events()), truncation_of(plan)
+        events, truncation = tuple(plan.events()), plan.truncation()
     relation = accounting.relation_from_name(account.relation)
 
     def joint(epsilon: float | None, *, sealed: bool) -> float:

@@ -14,9 +14,10 @@ from fractions import Fraction
 from typing import Annotated, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from scipy.special import rel_entr
 
+from dpldm_core.config import Frozen
 from dpldm_core.errors import AccountingError, ConfigError, DataError
 from dpldm_core.privacy import accounting
 from dpldm_core.privacy.accounting import DpEvent, NeighboringRelation
@@ -25,11 +26,7 @@ from dpldm_core.privacy.noise import GaussianNoise
 from dpldm_core.rng import SecretKey
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class DpSgdPlan(_Frozen):
+class DpSgdPlan(Frozen):
     """DP-SGD with truncated Poisson batches (Abadi et al. 2016; truncation: Chua et al. 2024)."""
 
     kind: Literal["dp_sgd"] = "dp_sgd"
@@ -86,7 +83,7 @@ class DpSgdPlan(_Frozen):
         return GaussianNoise(key, noise_multiplier=self.noise_multiplier, max_norm=self.max_grad_norm)
 
 
-class GaussianSumPlan(_Frozen):
+class GaussianSumPlan(Frozen):
     """One noisy sum of clipped vectors: sums, means, second moments and principal axes come from it."""
 
     kind: Literal["gaussian_sum"] = "gaussian_sum"
@@ -103,7 +100,7 @@ class GaussianSumPlan(_Frozen):
         return GaussianNoise(key, noise_multiplier=self.noise_multiplier, max_norm=self.max_norm)
 
 
-class HistogramPlan(_Frozen):
+class HistogramPlan(Frozen):
     """Counts of records in bins with exact discrete Gaussian noise (Canonne, Kamath and Steinke 2020).
 
     A unit adds at most ``max_records_per_unit`` to all counts together, so it moves them by no more than that in L2.
@@ -131,7 +128,7 @@ class HistogramPlan(_Frozen):
         return DiscreteGaussianNoise(key, variance=self.variance)
 
 
-class GaussianRecordPlan(_Frozen):
+class GaussianRecordPlan(Frozen):
     """Every record's own clipped vector with noise, a local mechanism: stated under REPLACE_ONE only.
 
     The list of outputs shows how many records there are, so no add-or-remove statement exists.
@@ -151,7 +148,7 @@ class GaussianRecordPlan(_Frozen):
         return GaussianNoise(key, noise_multiplier=self.noise_multiplier, max_norm=self.max_norm)
 
 
-class LabelPlan(_Frozen):
+class LabelPlan(Frozen):
     """Every record's label by randomized response (Warner 1965): stated under REPLACE_ONE only."""
 
     kind: Literal["randomized_response"] = "randomized_response"
@@ -181,7 +178,7 @@ MechanismPlan = Annotated[
 ]
 
 
-class ReleasePlan(_Frozen):
+class ReleasePlan(Frozen):
     """Every private mechanism of one release, and the statement they add up to."""
 
     mechanisms: tuple[MechanismPlan, ...]
@@ -209,6 +206,10 @@ class ReleasePlan(_Frozen):
                 if isinstance(m, GaussianRecordPlan | LabelPlan):
                     raise AccountingError(f"{m.stage} shows how many records there are: state it under REPLACE_ONE")
         return accounting.epsilon(self.events(), self.delta, relation)
+
+    def truncation(self) -> float:
+        """Sum over the steps of all DP-SGD stages of the probability that a batch is cut."""
+        return sum(m.num_steps * m.truncation_probability for m in self.mechanisms if isinstance(m, DpSgdPlan))
 
     def stages(self) -> list[str]:
         """Names of all private mechanisms, in order."""

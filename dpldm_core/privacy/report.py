@@ -10,12 +10,14 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
+from pydantic import Field, JsonValue, model_validator
 
+from dpldm_core.config import Frozen
 from dpldm_core.errors import AccountingError
 from dpldm_core.privacy import accounting
 from dpldm_core.privacy.accounting import NeighboringRelation
 from dpldm_core.privacy.plan import ReleasePlan
+from dpldm_core.provenance import software
 
 NOT_COVERED = (
     "Facts listed under public_facts, and the choices in config.json: they are treated as public, so they must have "
@@ -32,32 +34,28 @@ _CHANGES = {
 }
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class StageEvent(_Frozen):
+class StageEvent(Frozen):
     """What one stage released about the private data."""
 
     stage: str
     event: dict[str, Any] = Field(description="class_name and dp-accounting's own field names, nested")
 
 
-class LedgerEntry(_Frozen):
+class LedgerEntry(Frozen):
     """Where the bill was booked."""
 
     account: str
     entry: str
 
 
-class PublicFact(_Frozen):
+class PublicFact(Frozen):
     """Something treated as known to everybody."""
 
     value: JsonValue
     origin: str = Field(description="where the fact comes from, which is not the private data")
 
 
-class PrivacyReport(_Frozen):
+class PrivacyReport(Frozen):
     """What a bundle promises. Written as privacy_report.json."""
 
     release_id: str
@@ -74,6 +72,7 @@ class PrivacyReport(_Frozen):
     latent_mechanism: str
     public_facts: dict[str, PublicFact]
     not_covered: tuple[str, ...]
+    software: dict[str, str] = Field(default={}, description="what made it; empty in reports from before it was said")
 
     @model_validator(mode="after")
     def _speaks_with_one_voice(self) -> Self:
@@ -156,6 +155,7 @@ def build_report(
             "latent_mechanism": latent_mechanism,
             "public_facts": dict(public_facts),
             "not_covered": NOT_COVERED,
+            "software": software(),
         }
     )
 

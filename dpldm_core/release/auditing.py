@@ -69,6 +69,9 @@ def audit_release(
         cache_dir: Where torchvision downloads to.
         trials: Of the single-step audit, in each of the two worlds.
 
+    Returns:
+        Where its result is, and what it found.
+
     Raises:
         ConfigError: A parameter is unknown or out of range, or the data is not public.
     """

@@ -92,7 +92,7 @@ data = load_dataset("parquet", data_files="synthetic/*.parquet", split="train")
 
 {how}
 
-Release `{release_id}`{parent}, preset `{preset}`, ledger entry `{entry}`; every setting is in `config.json`.
+Release `{release_id}`{parent}, preset `{preset}`, ledger entry `{entry}`; every setting is in `config.json`.{made_by}
 
 ## Limits
 
@@ -176,7 +176,16 @@ def render_card(
         parent=f", sampled again from `{report.parent_release_id}`" if report.parent_release_id else "",
         preset=config["preset"],
         entry=report.ledger.entry,
+        made_by=_made_by(report.software),
     )
+
+
+def _made_by(software: Mapping[str, str]) -> str:
+    """The code, in a line of its own."""
+    versions = [f"{name} {value}" for name, value in software.items() if name != "code_digest"]
+    if "code_digest" not in software:
+        return ""
+    return f"\nMade by dpldm, SHA-256 of its sources {software['code_digest']}, with {', '.join(versions)}."
 
 
 def _front_matter(title: str, num_samples: int, labelled: bool) -> str:

@@ -116,6 +116,9 @@ def check_request(
         publish_metrics: Whether the accuracy on held-out private records is released too, as part of epsilon.
         inception_weights: File with the Inception weights that the evaluation will ask for, if any.
 
+    Returns:
+        The request, with its resolved configuration.
+
     Raises:
         ConfigError: A parameter is unknown or out of range.
         BundleError: ``out`` holds that release already or cannot be written.
@@ -169,6 +172,9 @@ def decide(request: Request, *, data_root: str | None, cache_dir: str | None) ->
         request: What is asked for.
         data_root: Folder with MNIST and Fashion-MNIST.
         cache_dir: Where torchvision downloads to.
+
+    Returns:
+        The public schema and the calibrated plan, with the request.
 
     Raises:
         ConfigError: delta is too large for the data.

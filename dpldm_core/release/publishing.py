@@ -16,6 +16,7 @@ from dpldm_core.data.sources import BUILTIN_DATASETS
 from dpldm_core.errors import ConfigError
 from dpldm_core.privacy.plan import ReleasePlan
 from dpldm_core.privacy.report import PrivacyReport, build_report
+from dpldm_core.provenance import software
 from dpldm_core.release.bundle import MANIFEST, REPORT, check_target, local_copy, write_bundle
 from dpldm_core.release.card import render_card
 from dpldm_core.release.figures import samples_grid_png
@@ -105,6 +106,9 @@ def publish_release(
         work: Scratch folder.
         metrics: Released metrics as JSON; empty when there are none.
 
+    Returns:
+        The verified bundle's place, its report and its picture.
+
     Raises:
         BundleError: It cannot be written, or does not verify.
     """
@@ -134,6 +138,9 @@ def resample_release(bundle: str, num_samples: int, seed: int, guidance: float, 
         guidance: Mean strength of class guidance, of half of the images, 0 for none; -1 for the release's own.
         out: Folder or URI of releases.
         work: Scratch folder.
+
+    Returns:
+        The new bundle's place, its report and its picture.
 
     Raises:
         ConfigError: ``num_samples``, ``seed`` or ``guidance`` is out of range.
@@ -170,7 +177,8 @@ def resample_release(bundle: str, num_samples: int, seed: int, guidance: float, 
             teacher=models.get("teacher"),
             num_shards=1,
         )
-        report = parent.model_copy(update={"release_id": release_id, "parent_release_id": parent.release_id})
+        own = {"release_id": release_id, "parent_release_id": parent.release_id, "software": software()}
+        report = parent.model_copy(update=own)
         values = public_config(config, schema, noise_std, config.dataset)
         return _publish(out, report, values, schema, [part], models, work, registered=False)
 

@@ -50,6 +50,9 @@ def verify_bundle(path: str | Path, *, strict: bool = False) -> VerifiedBundle:
         path: Folder or URI of the bundle.
         strict: Decode every image, not only the first of each file.
 
+    Returns:
+        What was verified.
+
     Raises:
         BundleError: Lists every problem found.
     """

@@ -1,11 +1,13 @@
 import json
+from importlib.metadata import version
 
 import pytest
 from pydantic import ValidationError
 
+from dpldm_core import provenance
 from dpldm_core.errors import AccountingError
 from dpldm_core.privacy.plan import DpSgdPlan, GaussianRecordPlan, GaussianSumPlan, ReleasePlan
-from dpldm_core.privacy.report import build_report, promise, recompute, round_up
+from dpldm_core.privacy.report import PrivacyReport, build_report, promise, recompute, round_up
 
 
 def sgd(stage, noise_multiplier, num_steps):
@@ -136,3 +138,21 @@ def test_unknown_or_malformed_events_are_errors_never_guesses(anchor, event):
     stored["events"] = [{"stage": "x", "event": event}]
     with pytest.raises(AccountingError):
         recompute(stored)
+
+
+def test_a_report_names_the_code_that_made_it(anchor, tmp_path, monkeypatch):
+    assert anchor.software == {"code_digest": provenance.code_digest(), "torch": version("torch")}
+    monkeypatch.setattr(provenance, "_CORE", tmp_path)
+    found = set()
+    for name, text in (("a.py", "x = 1"), ("a.py", "x = 2"), ("room/b.py", "x = 2"), ("room/b.txt", "x = 2")):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+        found.add(provenance.code_digest.__wrapped__())
+    assert len(found) == 3, "every source counts, and nothing else"
+
+
+def test_a_report_from_before_the_code_was_named_is_read(anchor):
+    values = anchor.model_dump(mode="json")
+    del values["software"]
+    assert PrivacyReport.model_validate(values).software == {}
+    assert recompute(values)[0] == anchor.epsilon

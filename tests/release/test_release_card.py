@@ -8,6 +8,7 @@ from PIL import Image
 from dpldm_core.config import AuditNote
 from dpldm_core.privacy.plan import DpSgdPlan, GaussianRecordPlan, LabelPlan, ReleasePlan
 from dpldm_core.privacy.report import build_report
+from dpldm_core.provenance import code_digest
 from dpldm_core.release.card import render_card
 from dpldm_core.release.figures import samples_grid_png
 
@@ -47,6 +48,7 @@ def test_card_states_the_promise_and_nothing_private(plan):
     assert "918273645" not in text
     assert "| prior | Gaussian mechanism, once | 6 |" in text
     assert "python -m dpldm_core.release.verify" in text
+    assert f"Made by dpldm, SHA-256 of its sources {code_digest()}, with torch " in text
     assert "What is not promised" in text and "Ge, Zhang and Sun, 2024" in text
 
 
