@@ -171,6 +171,7 @@ def release_and_measure(
             cache_dir=str(folder),
             num_classes=config.num_classes,
             split_by=by,
+            schema=schema,
         )
     models, noise_std = train_models(train, decision, folder, clock, kept=kept)
     with clock.stage("sample"):

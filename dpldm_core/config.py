@@ -6,6 +6,8 @@ Nothing that moves epsilon has a default here: presets.py and the workflow's inp
 
 from __future__ import annotations
 
+import hashlib
+import json
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -17,6 +19,11 @@ class Frozen(BaseModel):
     """Plain public values that never change: unknown keys, infinities and NaN are refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    def digest(self) -> str:
+        """SHA-256 of the canonical JSON: equal values, equal digests."""
+        canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()
 
 
 class DpSgdConfig(Frozen):

@@ -23,6 +23,7 @@ from dpldm_core.provenance import code_digest
 if TYPE_CHECKING:
     from dpldm_core.privacy.ledger import Ledger
     from dpldm_core.rng import SecretKey
+    from tasks.artifacts import Release
 
 CPU_IMAGE = "{{.image.cpu.fqn}}:{{.image.cpu.version}}"
 GPU_IMAGE = "{{.image.gpu.fqn}}:{{.image.gpu.version}}"
@@ -111,26 +112,26 @@ def sha256_of(path: str | os.PathLike[str]) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def begin_stage(entry_id: str, plan_json: str, stage: str, data: str | os.PathLike[str]) -> SecretKey:
+def begin_stage(release: Release, stage: str, data: str | os.PathLike[str]) -> SecretKey:
     """Commit a stage to the ledger before it reads its data.
 
     Args:
-        entry_id: The release's ledger entry.
-        plan_json: The release's plan.
+        release: The release, with its ledger entry.
         stage: Stage of the plan.
         data: The private file that the stage is about to read.
 
     Returns:
-        The stage's secret key, bound to plan, data and code.
+        The stage's secret key, bound to plan, data, settings and code.
     """
     from dpldm_core.privacy.plan import ReleasePlan
 
     digests = {
         "data_digest": sha256_of(data),
-        "plan_digest": ReleasePlan.model_validate_json(plan_json).digest(),
+        "plan_digest": ReleasePlan.model_validate_json(release.plan).digest(),
+        "config_digest": release.release_config().digest(),
         "code_digest": code_digest(),
     }
-    return open_ledger().begin_stage(entry_id, stage, **digests)
+    return open_ledger().begin_stage(release.entry_id, stage, **digests)
 
 
 def checkpoint(name: str) -> tuple[Path, Callable[[], None]]:

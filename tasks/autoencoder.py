@@ -30,7 +30,7 @@ def train_autoencoder(release: Release, data: PrivateData) -> HashedCodec:
 
         def key_of(stage: str) -> SecretKey:
             paid.append(stage)
-            return begin_stage(release.entry_id, release.plan, stage, train)
+            return begin_stage(release, stage, train)
 
         autoencoder, decoder, curve = train_codec(train, release.release_config(), plan, key_of, attempt)
         run.stage(plan, paid)

@@ -30,7 +30,7 @@ def train_diffusion(release: Release, latents: Latents) -> HashedDiffusionModel:
 
         def key_of(stage: str) -> SecretKey:
             paid.append(stage)
-            return begin_stage(release.entry_id, release.plan, stage, private)
+            return begin_stage(release, stage, private)
 
         attempt = stages.Run(work_folder("diffusion"), binding, resume, save)
         path, curve = stages.train_diffusion(

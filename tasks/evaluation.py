@@ -27,7 +27,7 @@ def evaluate(release: Release, data: PrivateData, shards: list[Shard]) -> Hashed
 
         def key_of(stage: str) -> SecretKey:
             paid.append(stage)
-            return begin_stage(release.entry_id, release.plan, stage, heldout)
+            return begin_stage(release, stage, heldout)
 
         released, classifier = release_accuracy(parts, heldout, config, plan, key_of)
         run.stage(plan, paid)

@@ -12,6 +12,7 @@ from tasks.artifacts import PRIVATE, HashedPrivateData, PrivateData, Release
 def ingest(release: Release) -> HashedPrivateData:
     """Load and validate the private data and write it with the public schema; needs an open reservation."""
     from dpldm_core.data.ingest import ingest_dataset
+    from dpldm_core.data.schema import ImageSchema
     from tasks import _tracking
 
     config = release.release_config()
@@ -25,6 +26,7 @@ def ingest(release: Release) -> HashedPrivateData:
             cache_dir=download_folder(),
             num_classes=config.num_classes,
             split_by="position" if config.latent_mechanism == "noised_latents" else "content",
+            schema=ImageSchema.model_validate_json(release.image_schema),
         )
         files = FlyteFile(str(train)), FlyteFile(str(heldout))
         return PrivateData(train=files[0], heldout=files[1], run_id=run.run_id, visibility=PRIVATE)

@@ -27,7 +27,7 @@ def extract_latents(release: Release, data: PrivateData, codec: Codec) -> Hashed
 
         def key_of(stage: str) -> SecretKey:
             paid.append(stage)
-            return begin_stage(release.entry_id, release.plan, stage, train)
+            return begin_stage(release, stage, train)
 
         attempt = stages.Run(work_folder("latents"))
         path, noise_std = stages.extract_latents(train, autoencoder, release.release_config(), plan, key_of, attempt)

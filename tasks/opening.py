@@ -64,6 +64,7 @@ def open_release(
             epsilon=epsilon,
             delta=delta,
             relation=request.relation,
+            config_digest=request.config.digest(),
             cohort=request.cohort,
         )
         decision = decide(request, data_root=data_root(), cache_dir=download_folder())

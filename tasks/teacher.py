@@ -34,7 +34,7 @@ def train_teacher(release: Release, data: PrivateData, codec: Codec, model: Diff
 
         def key_of(stage: str) -> SecretKey:
             paid.append(stage)
-            return begin_stage(release.entry_id, release.plan, stage, private)
+            return begin_stage(release, stage, private)
 
         resume, save = checkpoint(TEACHER)
         attempt = Run(work_folder(TEACHER), binding_of(private, release.plan), resume, save)

@@ -25,10 +25,10 @@ _IGNORED = {"thumbs.db", "desktop.ini"}
 
 
 def read_npz(path: Path) -> tuple[RawRecords, RawRecords | None]:
-    """``images``, optional ``labels``, ``group``, ``class_names``; optional ``test_images`` and ``test_labels``."""
+    """``images``, optional ``labels``, ``group``, ``class_names``; optional ``test_images`` with the same."""
     with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
         arrays = dict(file.items())
-    allowed = {"images", "labels", "group", "class_names", "test_images", "test_labels"}
+    allowed = {"images", "labels", "group", "class_names", "test_images", "test_labels", "test_group"}
     if "images" not in arrays or set(arrays) - allowed:
         raise DataError(
             f"{path.name}: arrays {sorted(arrays)} found; images is needed, and of {sorted(allowed)} nothing else"
@@ -39,7 +39,8 @@ def read_npz(path: Path) -> tuple[RawRecords, RawRecords | None]:
         return train, None
     if ("labels" in arrays) != ("test_labels" in arrays):
         raise DataError(f"{path.name}: labels are needed for both or for none of images and test_images")
-    return train, RawRecords(arrays["test_images"], arrays.get("test_labels"), None, names, f"{path.name} (test)")
+    test = arrays["test_images"], arrays.get("test_labels"), arrays.get("test_group")
+    return train, RawRecords(*test, names, f"{path.name} (test)")
 
 
 def read_idx(path: Path) -> np.ndarray:

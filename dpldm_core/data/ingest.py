@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dpldm_core.data.schema import write_records
+from dpldm_core.data.schema import ImageSchema, write_records
 from dpldm_core.data.sources import load_dataset
 from dpldm_core.data.split import SplitBy, split_records
+from dpldm_core.errors import DataError
 
 
 def ingest_dataset(
@@ -18,6 +19,7 @@ def ingest_dataset(
     cache_dir: str | None,
     num_classes: int | None,
     split_by: SplitBy,
+    schema: ImageSchema | None = None,
 ) -> tuple[Path, Path]:
     """Load, validate, split and write.
 
@@ -29,14 +31,20 @@ def ingest_dataset(
         cache_dir: Where torchvision downloads to.
         num_classes: Declared public number of classes.
         split_by: See :func:`split_records`.
+        schema: What the plan was made for; None: nothing was planned yet.
 
     Returns:
         Paths of the training and the held-out records. Both private.
 
     Raises:
-        DataError: The data cannot be used.
+        DataError: The data cannot be used, or is of another format than the plan was made for.
     """
     loaded = load_dataset(dataset, data_root=data_root, cache_dir=cache_dir, num_classes=num_classes)
+    if schema is not None and loaded.train.schema != schema:
+        raise DataError(
+            f"{dataset}: size, classes or persons of the images changed since the release was opened, and its plan is "
+            f"for {schema.model_dump_json()}. Start a new release"
+        )
     train, heldout = loaded.train, loaded.test
     if heldout is None:
         train, heldout = split_records(loaded.train, key=split_key, by=split_by)

@@ -105,6 +105,12 @@ def validate(raw: RawRecords, *, num_classes: int | None, class_names: tuple[str
             f"{raw.where}: group holds {groups.shape} values for {len(images)} images; one per image is needed"
         )
     if groups is not None and groups.dtype.kind not in "iu":
+        missing = np.array([g is None or g != g or str(g) == "" for g in groups])  # NaN is not itself
+        if missing.any():
+            raise DataError(
+                f"{raw.where}: group is missing for {int(missing.sum())} images, and whom they belong to is what the "
+                "promise protects. Name every person, or drop those images"
+            )
         groups = groups.astype(str)
     schema = ImageSchema(
         height=images.shape[1],
@@ -193,9 +199,10 @@ def _check_labels(
             f"{len(names)} classes"
         )
     empty = [names[k] for k in np.flatnonzero(np.bincount(numbers, minlength=len(names)) == 0)]
-    if empty and known is None:
+    if empty and known is None and num_classes is None:
         raise DataError(
-            f"{where}: no image of class {empty[:5]}. Number the classes from 0 without gaps, or drop empty ones"
+            f"{where}: no image of class {empty[:5]}. Number the classes from 0 without gaps and drop empty ones, or "
+            "declare num_classes in the config file to keep them"
         )
     return numbers, names
 
@@ -238,14 +245,19 @@ def group_table(records: Records, max_records: int) -> np.ndarray:
     """Which records belong to which unit: int64 [units, M], -1 where a unit has fewer.
 
     A unit's row depends on its own records alone: of a person with more than ``max_records``, the first ones are used.
+    Persons stand in the order of their first record, so that another name moves no row.
 
     Args:
         records: Private records.
         max_records: Public bound M on the records of one person; a record that is its own unit takes 1.
+
+    Returns:
+        Rows of records, int64 [units, M].
     """
     if records.groups is None:
         return np.arange(len(records.images), dtype=np.int64)[:, None]
-    units, unit_of = np.unique(records.groups, return_inverse=True)
+    units, first, unit_of = np.unique(records.groups, return_index=True, return_inverse=True)
+    unit_of = np.argsort(np.argsort(first))[unit_of]
     order = np.argsort(unit_of, kind="stable")
     sorted_units = unit_of[order]
     starts = np.searchsorted(sorted_units, np.arange(len(units)))

@@ -84,6 +84,12 @@ def load_dataset(dataset: str, *, data_root: str | None, cache_dir: str | None, 
     heldout = validate(test, num_classes=num_classes, class_names=records.schema.class_names)
     if heldout.images.shape[1:] != records.images.shape[1:] or heldout.schema.labelled != records.schema.labelled:
         raise DataError(f"{test.where}: the test set differs from the training set in image format or labels")
+    if heldout.schema.grouped != records.schema.grouped:
+        named = "training" if records.schema.grouped else "test"
+        raise DataError(
+            f"{test.where}: group names the persons of the {named} records alone, and both are needed to protect a "
+            "person: give it for both (test_group in an .npz) or for none"
+        )
     return Loaded(records, heldout)
 
 

@@ -50,6 +50,7 @@ class Entry:
         epsilon: Asked for.
         delta: Asked for.
         relation: dp-accounting's name of the relation of its statement.
+        config_digest: Of its resolved configuration; empty in entries from before it was noted.
         cohort: Declared disjoint set of units; empty: all.
         fixed_at: Link at which its events were fixed.
         plan: Its mechanisms; None until bound.
@@ -67,6 +68,7 @@ class Entry:
     relation: str
     cohort: str
     fixed_at: int
+    config_digest: str = ""
     plan: ReleasePlan | None = None
     stages: Mapping[str, str] = field(default_factory=dict)
     first_read_at: int | None = None

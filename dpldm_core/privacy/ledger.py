@@ -5,9 +5,9 @@ chain (chain.py), written before what it stands for happens, so a process that d
 too much rather than too little. A reservation may be cancelled until its first mechanism began; never after.
 
 Entries hold events, never epsilons: what an account has spent is composed anew from them (books.py, budget.py). A
-stage's secret key is derived from the entry's secret and the digests of data, plan and code, so a retry repeats the
-same noise and is one mechanism; with anything changed it is refused, since equal noise would cancel. Secrets are
-destroyed after publication. Command line: ``python -m dpldm_core.privacy.ledger --help`` (ledger_cli.py).
+stage's secret key is derived from the entry's secret and the digests of data, plan, settings and code, so a retry
+repeats the same noise and is one mechanism; with any of them changed it is refused, since equal noise would cancel.
+Secrets are destroyed after publication. Command line: ``python -m dpldm_core.privacy.ledger --help`` (ledger_cli.py).
 """
 
 from __future__ import annotations
@@ -63,7 +63,8 @@ class Ledger:
             The account as it stands.
 
         Raises:
-            BudgetError: The account is open with a lower cap; only :meth:`raise_cap` raises it.
+            BudgetError: The account is open with a lower cap, which only :meth:`raise_cap` raises; or it is of public
+                data and this is not, or the other way round.
         """
         accounting.relation_from_name(relation)
         if not budget_epsilon > 0 or (math.isinf(budget_epsilon) and not public):
@@ -75,6 +76,12 @@ class Ledger:
                 cap = None if math.isinf(budget_epsilon) else float(budget_epsilon)
                 body = {"name": name, "budget_epsilon": cap, "delta": delta, "relation": relation, "public": public}
                 return Change("open", body)
+            if known.public != public:
+                kind = ("own data, with a cap", "a public data set, without a cap")
+                raise BudgetError(
+                    f"account={name!r} is that of {kind[known.public]}, and this release is of {kind[public]}: their "
+                    "bills are apart. Name another account in the config file, or leave account out"
+                )
             if budget_epsilon > known.budget_epsilon and not public:
                 raise BudgetError(
                     f"budget_epsilon={budget_epsilon:g}, but account {name!r} is open with a cap of "
@@ -128,9 +135,12 @@ class Ledger:
         epsilon: float,
         delta: float,
         relation: str,
+        config_digest: str,
         cohort: str = EVERY_COHORT,
     ) -> Entry:
-        """Hold the asked budget, before any private data is read. A retry of the same execution finds its entry.
+        """Hold the asked budget, before any private data is read.
+
+        A retry of the same execution with the same settings finds its entry; with others it is another release.
 
         Raises:
             BudgetError: The cap does not cover it; says what is left.
@@ -143,6 +153,7 @@ class Ledger:
             "epsilon": epsilon,
             "delta": delta,
             "relation": relation,
+            "config_digest": config_digest,
             "cohort": cohort,
         }
 
@@ -189,7 +200,7 @@ class Ledger:
         return fold(self._chain.append(decide)).entry(entry_id)
 
     def begin_stage(
-        self, entry_id: str, stage: str, *, data_digest: str, plan_digest: str, code_digest: str
+        self, entry_id: str, stage: str, *, data_digest: str, plan_digest: str, config_digest: str, code_digest: str
     ) -> SecretKey:
         """Commit a mechanism before it reads its data, and hand out its key.
 
@@ -198,16 +209,19 @@ class Ledger:
             stage: Stage of the bound plan.
             data_digest: Of the private file that it is about to read.
             plan_digest: Of the plan that it runs.
+            config_digest: Of the release's resolved configuration, which says what the mechanism measures.
             code_digest: Of the code that runs it.
 
         Returns:
-            The stage's key; the same one again for a retry on the same data, plan and code.
+            The stage's key; the same one again for a retry on the same data, plan, settings and code.
 
         Raises:
-            LedgerError: The release is over, the plan is not the bound one, or data or code changed since a first try.
+            LedgerError: The release is over, the plan is not the bound one, or data, settings or code are not those of
+                the first try.
         """
         secret = self._chain.secret(entry_id)
-        binding = "" if secret is None else _binding(secret, stage, data_digest, plan_digest, code_digest)
+        bound_to = stage, data_digest, plan_digest, config_digest, code_digest
+        binding = "" if secret is None else _binding(secret, *bound_to)
 
         def decide(links: list[Link]) -> Change | None:
             entry = fold(links).entry(entry_id)
@@ -223,14 +237,14 @@ class Ledger:
                 if hmac.compare_digest(entry.stages[stage], binding):
                     return None
                 raise LedgerError(
-                    f"stage {stage!r} of release {entry.release_id!r} began with other data or code: the same noise on "
-                    "changed data would cancel. Start a new release"
+                    f"stage {stage!r} of release {entry.release_id!r} began with other data, settings or code: the "
+                    "same noise on another sum would cancel. Start a new release"
                 )
             return Change("commit", {"entry_id": entry_id, "stage": stage, "binding": binding})
 
         self._chain.append(decide)
         assert secret is not None
-        return SecretKey(secret).derive("stage", stage, data_digest, plan_digest, code_digest)
+        return SecretKey(secret).derive("stage", *bound_to)
 
     def publish(self, entry_id: str, *, bundle_digest: str) -> Entry:
         """Note the published bundle and destroy the release's secret.

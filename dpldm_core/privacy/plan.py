@@ -7,8 +7,6 @@ number of records and the keys are arguments of the mechanism, never fields.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from fractions import Fraction
 from typing import Annotated, Literal
@@ -222,11 +220,6 @@ class ReleasePlan(Frozen):
             KeyError: No private mechanism of that name.
         """
         return {m.stage: m for m in self.mechanisms}[stage]
-
-    def digest(self) -> str:
-        """SHA-256 of the canonical JSON: equal plans, equal digests."""
-        canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(canonical.encode()).hexdigest()
 
 
 def chernoff_cap(num_units: int, sample_rate: float, probability: float) -> int:

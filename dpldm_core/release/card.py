@@ -67,7 +67,9 @@ python -m dpldm_core.release.verify path/to/{release_id}
 ```
 
 recomputes epsilon from the mechanisms in `privacy_report.json` alone, compares the SHA-256 of every file with
-`manifest.json`, and says what is wrong if anything was changed. It needs no private data and no GPU.
+`manifest.json`, and says what is wrong if anything was changed. It needs no private data and no GPU. It ends with the
+SHA-256 of the manifest: compare that with what the steward tells you, for whoever rewrites all files can rewrite their
+list too.
 
 ## Load it
 

@@ -62,7 +62,7 @@ ACCOUNTING, BOOKS, BUDGET, CALIBRATION = (
 CHAIN, CLIPPING, ENGINE, LAYERS = (f"{PRIVACY}/{name}.py" for name in ("chain", "clipping", "engine", "layers"))
 LEDGER, NOISE, ONE_SHOT, PLAN = (f"{PRIVACY}/{name}.py" for name in ("ledger", "noise", "one_shot", "plan"))
 DISCRETE, OPACUS, REPORT = (f"{PRIVACY}/{name}.py" for name in ("discrete", "opacus_backend", "report"))
-CLASS_STATISTICS = f"{PRIVACY}/class_statistics.py"
+CLASS_STATISTICS, SCHEMA = f"{PRIVACY}/class_statistics.py", "dpldm_core/data/schema.py"
 RNG, LOSS, SPLIT = "dpldm_core/rng.py", "dpldm_core/diffusion/loss.py", "dpldm_core/data/split.py"
 TRAINING = "dpldm_core/training"
 LOOP, STATE, STAGES, UNITS, DIFFUSION, AUTOENCODER, PRIOR = (
@@ -75,6 +75,7 @@ T_ENGINE, T_GUARDS, T_LEDGER, T_NOISE = map(_T.format, ("engine", "guards", "led
 T_DISCRETE, T_ONE_PLACE, T_ONE_SHOT = map(_T.format, ("discrete", "one_place", "one_shot"))
 T_PLAN, T_REPORT = map(_T.format, ("plan", "report"))
 T_RNG, T_SPLIT = "tests/test_rng.py::test_", "tests/data/test_split.py::test_"
+T_SCHEMA, T_SOURCES = (f"tests/data/test_{name}.py::test_" for name in ("schema", "sources"))
 T_LOOP, T_UNITS, T_STAGES = (f"tests/training/test_{name}.py::test_" for name in ("private", "units", "stage_batches"))
 T_DIFFUSION, T_TRAINED = (f"tests/training/test_{name}.py::test_" for name in ("diffusion", "stages"))
 T_MEASURING, T_VERIFY = (f"tests/release/test_release_{name}.py::test_" for name in ("measuring", "verify"))
@@ -513,7 +514,7 @@ MUTANTS = (
         "every_retry_gets_a_new_key",
         "retry with a new key and one debit",
         LEDGER,
-        'return SecretKey(secret).derive("stage", stage, data_digest, plan_digest, code_digest)',
+        'return SecretKey(secret).derive("stage", *bound_to)',
         'return SecretKey.generate().derive("stage", stage)',
         (f"{T_LEDGER}a_retry_finds_its_reservation_and_the_same_keys[sqlite]",),
     ),
@@ -523,15 +524,31 @@ MUTANTS = (
         LEDGER,
         "if hmac.compare_digest(entry.stages[stage], binding):",
         "if entry.stages[stage]:",
-        (f"{T_LEDGER}the_same_key_with_changed_data_or_code_is_refused",),
+        (f"{T_LEDGER}the_same_key_with_changed_data_settings_or_code_is_refused",),
     ),
     Mutant(
         "the_binding_leaves_out_the_data",
         "same key with new data",
         LEDGER,
-        "_binding(secret, stage, data_digest, plan_digest, code_digest)",
-        "_binding(secret, stage, plan_digest, code_digest)",
-        (f"{T_LEDGER}the_same_key_with_changed_data_or_code_is_refused[sqlite-data_digest]",),
+        "bound_to = stage, data_digest, plan_digest, config_digest, code_digest",
+        "bound_to = stage, plan_digest, config_digest, code_digest",
+        (f"{T_LEDGER}the_same_key_with_changed_data_settings_or_code_is_refused[sqlite-data_digest]",),
+    ),
+    Mutant(
+        "the_binding_leaves_out_the_settings",
+        "same key with new data",
+        LEDGER,
+        "bound_to = stage, data_digest, plan_digest, config_digest, code_digest",
+        "bound_to = stage, data_digest, plan_digest, code_digest",
+        (f"{T_LEDGER}the_same_key_with_changed_data_settings_or_code_is_refused[sqlite-config_digest]",),
+    ),
+    Mutant(
+        "releases_of_one_execution_with_other_settings_share_an_entry",
+        "same key with new data",
+        LEDGER,
+        'if k not in ("entry_id", "release_id")',
+        'if k not in ("entry_id", "release_id", "config_digest")',
+        (f"{T_LEDGER}two_releases_of_one_execution_with_other_settings_are_billed_and_keyed_apart[sqlite]",),
     ),
     Mutant(
         "a_checkpoint_of_other_data_is_resumed",
@@ -1147,7 +1164,7 @@ MUTANTS = (
     Mutant(
         "the_plan_digest_leaves_out_the_mechanisms",
         BEYOND,
-        PLAN,
+        "dpldm_core/config.py",
         'self.model_dump(mode="json"), sort_keys',
         'self.model_dump(mode="json", exclude={"mechanisms"}), sort_keys',
         (f"{T_PLAN}the_digest_names_the_whole_plan",),
@@ -1159,5 +1176,45 @@ MUTANTS = (
         "path.touch(mode=0o600)",
         "path.touch(mode=0o644)",
         (f"{T_LEDGER}the_file_is_its_owners_alone",),
+    ),
+    Mutant(
+        "persons_stand_in_the_order_of_their_names",
+        BEYOND,
+        SCHEMA,
+        "    unit_of = np.argsort(np.argsort(first))[unit_of]\n",
+        "    assert len(first)\n",
+        (f"{T_SCHEMA}another_name_moves_no_row",),
+    ),
+    Mutant(
+        "a_test_set_without_persons_is_taken_beside_a_training_set_with_them",
+        BEYOND,
+        "dpldm_core/data/sources.py",
+        "if heldout.schema.grouped != records.schema.grouped:",
+        "if heldout.schema.grouped and not records.schema.grouped:",
+        (f"{T_SOURCES}bad_arrays_are_refused[test without persons]",),
+    ),
+    Mutant(
+        "records_without_a_person_are_one_person",
+        BEYOND,
+        SCHEMA,
+        "        if missing.any():\n",
+        "        if missing.all():\n",
+        (f"{T_SOURCES}bad_arrays_are_refused[missing persons]",),
+    ),
+    Mutant(
+        "data_may_change_its_format_after_the_plan",
+        BEYOND,
+        "dpldm_core/data/ingest.py",
+        "if schema is not None and loaded.train.schema != schema:",
+        "if schema is not None and loaded.train.schema.height != schema.height:",
+        ("tests/data/test_ingest.py::test_data_whose_format_changed_since_it_was_planned_for_are_refused",),
+    ),
+    Mutant(
+        "own_data_may_be_billed_to_a_public_account",
+        BEYOND,
+        LEDGER,
+        "            if known.public != public:\n",
+        "            if known.public < public:\n",
+        (f"{T_LEDGER}own_data_is_not_billed_to_a_public_account_nor_the_other_way_round[sqlite-True]",),
     ),
 )

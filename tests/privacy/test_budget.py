@@ -56,7 +56,8 @@ def test_a_cap_is_met_to_the_last_digit_and_not_passed(tmp_path):
     entries = {}
     for name, cap in (("exact", cost), ("short", cost * (1 - 1e-6))):
         ledger.open_account(name, budget_epsilon=cap, **promise)
-        entries[name] = ledger.reserve(name, release_id=name, execution_id=name, epsilon=0.9 * cost, **promise)
+        asked = {"release_id": name, "execution_id": name, "epsilon": 0.9 * cost, "config_digest": "s"}
+        entries[name] = ledger.reserve(name, **asked, **promise)
     ledger.bind_plan(entries["exact"].entry_id, plan)
     assert ledger.books().spent("exact") == cost
     with pytest.raises(BudgetError):

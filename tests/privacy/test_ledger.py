@@ -17,7 +17,7 @@ from dpldm_core.privacy.plan import GaussianRecordPlan, GaussianSumPlan, Release
 
 FORK = multiprocessing.get_context("fork")
 DELTA = 1e-5
-DIGESTS = {"data_digest": "d", "code_digest": "c"}
+DIGESTS = {"data_digest": "d", "config_digest": "s", "code_digest": "c"}
 
 
 def plan_of(*noise_multipliers, relation="ADD_OR_REMOVE_ONE", delta=DELTA):
@@ -39,7 +39,7 @@ def reserve(ledger, account="a", *, epsilon=COST * 1.01, release_id="r1", execut
         epsilon=epsilon,
         delta=plan.delta,
         relation=plan.relation,
-        **more,
+        **{"config_digest": DIGESTS["config_digest"]} | more,
     )
 
 
@@ -240,13 +240,36 @@ def test_a_new_execution_gets_new_noise(ledger):
     assert len(keys) == 2
 
 
-@pytest.mark.parametrize("changed", ["data_digest", "code_digest"])
-def test_the_same_key_with_changed_data_or_code_is_refused(ledger, changed):
+@pytest.mark.parametrize("changed", ["data_digest", "config_digest", "code_digest"])
+def test_the_same_key_with_changed_data_settings_or_code_is_refused(ledger, changed):
     entry = reserve(ledger)
     ledger.bind_plan(entry.entry_id, PLAN)
     begin(ledger, entry, "s0")
-    with pytest.raises(LedgerError, match="other data or code: the same noise on changed data would cancel"):
+    with pytest.raises(LedgerError, match="other data, settings or code: the same noise on another sum would cancel"):
         begin(ledger, entry, "s0", **{changed: "x"})
+
+
+def test_two_releases_of_one_execution_with_other_settings_are_billed_and_keyed_apart(ledger):
+    """Equal plans whose clip norms differ: one key would put the same noise on two sums."""
+    first, second = (reserve(ledger, release_id=r, execution_id="e", config_digest=r) for r in ("r1", "r2"))
+    assert first.entry_id != second.entry_id and len(ledger.find(execution_id="e")) == 2
+    keys = []
+    for entry, settings in ((first, "r1"), (second, "r2")):
+        ledger.bind_plan(entry.entry_id, PLAN)
+        keys.append(begin(ledger, entry, "s0", config_digest=settings).secret)
+    assert keys[0] != keys[1]
+    with pytest.raises(LedgerError, match="other data, settings or code"):
+        begin(ledger, first, "s0", config_digest="r2")
+
+
+@pytest.mark.parametrize("public", [False, True])
+def test_own_data_is_not_billed_to_a_public_account_nor_the_other_way_round(ledger, public):
+    """A public account has no cap: a config that still names it would spend without end."""
+    promise = {"budget_epsilon": 3.0, "delta": DELTA, "relation": "ADD_OR_REMOVE_ONE"}
+    ledger.open_account("b", **promise, public=public)
+    ledger.open_account("b", **promise, public=public)
+    with pytest.raises(BudgetError, match=r"account='b' is that of .* Name another account"):
+        ledger.open_account("b", **promise, public=not public)
 
 
 def test_another_plan_or_stage_gets_no_key(ledger):

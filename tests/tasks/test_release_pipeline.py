@@ -133,7 +133,7 @@ def test_noised_latents(machine, small_mnist, ledger):
     assert verify_bundle(resampled.bundle).num_samples == 10
 
 
-@pytest.mark.parametrize("kind", ["rgb", "unlabelled", "persons"])
+@pytest.mark.parametrize("kind", ["rgb", "unlabelled", "persons", "empty class"])
 def test_other_kinds_of_data(machine, kind):
     arrays = dict(zip(("images", "labels"), drawings(400, (8, 12, 3) if kind == "rgb" else (9, 8, 1)), strict=True))
     if kind == "unlabelled":
@@ -141,7 +141,9 @@ def test_other_kinds_of_data(machine, kind):
     if kind == "persons":
         arrays["group"] = np.arange(400) * 3 // 4
     np.savez(machine / "x.npz", **arrays)
-    bundle = machine / "releases" / release(str(machine / "x.npz")).release_id
+    (machine / "c.yaml").write_text("num_classes: 4\n" if kind == "empty class" else "seed: 1\n")
+    result = release(str(machine / "x.npz"), config=str(machine / "c.yaml"))
+    bundle = machine / "releases" / result.release_id
     report = verify_bundle(bundle).report
     images, labels = read_synthetic(bundle)
     assert images.shape[1:] == arrays["images"].shape[1:]
@@ -260,7 +262,8 @@ def test_bad_data_lifts_the_hold(machine, own_data, ledger, damage, message):
 def test_the_budget_is_asked_before_the_data_is_opened(machine, own_data, ledger):
     """Reserve comes before the first read: with nothing left, a damaged file is not even noticed."""
     ledger.open_account(own_data, budget_epsilon=5.0, delta=1e-5, relation="ADD_OR_REMOVE_ONE")
-    ledger.reserve(own_data, release_id="r", execution_id="e", epsilon=4.9, delta=1e-5, relation="ADD_OR_REMOVE_ONE")
+    promise = {"epsilon": 4.9, "delta": 1e-5, "relation": "ADD_OR_REMOVE_ONE", "config_digest": "s"}
+    ledger.reserve(own_data, release_id="r", execution_id="e", **promise)
     (machine / "scans.npz").write_bytes(b"damaged")
     with pytest.raises(BudgetError, match="does not cover"):
         release(own_data)

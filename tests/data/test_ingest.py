@@ -1,0 +1,32 @@
+"""What a plan was made for is what the stages read."""
+
+import numpy as np
+import pytest
+
+from dpldm_core.data.ingest import ingest_dataset
+from dpldm_core.data.sources import load_dataset
+from dpldm_core.errors import DataError
+
+
+def write(path, **changes):
+    images = np.random.default_rng(0).integers(0, 256, (40, 8, 8), dtype=np.uint8)
+    arrays = {"images": images, "labels": np.arange(40) % 4, "group": np.arange(40) // 2} | changes
+    np.savez(path, **{name: values for name, values in arrays.items() if values is not None})
+    return str(path)
+
+
+def ingest(dataset, folder, schema):
+    options = {"data_root": None, "cache_dir": None, "num_classes": None}
+    return ingest_dataset(dataset, folder, split_key=b"k", split_by="content", schema=schema, **options)
+
+
+@pytest.mark.parametrize("changes", [{"group": None}, {"labels": np.arange(40) % 2}, {"labels": None}])
+def test_data_whose_format_changed_since_it_was_planned_for_are_refused(tmp_path, changes):
+    """Without its column of persons, each record would be clipped by itself and the promise be that of a person."""
+    dataset = write(tmp_path / "x.npz")
+    schema = load_dataset(dataset, data_root=None, cache_dir=None, num_classes=None).train.schema
+    assert len(ingest(dataset, tmp_path, schema)) == 2
+    write(tmp_path / "x.npz", **changes)
+    with pytest.raises(DataError, match="changed since the release was opened"):
+        ingest(dataset, tmp_path / "again", schema)
+    assert not (tmp_path / "again").exists()
