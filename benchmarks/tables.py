@@ -89,9 +89,8 @@ def presets_table() -> str:
         for dataset, epsilon in shown:
             result = newest[dataset, preset, epsilon]
             accuracy = 100 * result["measured"]["train_on_synthetic_accuracy"]["mean"]
-            machine, minutes = result["machine"], result["release_minutes"]
-            cores = f"{machine['cores']} core" + "s" * (machine["cores"] > 1)
-            found.append(f"{names[dataset]}, epsilon {epsilon}: {accuracy:.1f} % in {minutes:.0f} minutes of {cores}")
+            minutes, cores = result["release_minutes"], _counted(result["machine"]["cores"], "core")
+            found.append(f"{names[dataset]}, epsilon {epsilon}: {accuracy:.1f} % in {minutes:.1f} minutes of {cores}")
         rows.append(f"| `{preset}` | {purpose} | {images} | {'; '.join(found) or 'never run on one: no result'} |")
     return "\n".join(rows)
 
@@ -168,8 +167,12 @@ def _machine_of(result: dict) -> str:
     here, there = result["machine"], result.get("trained_by", result["machine"])
     if here["gpu"]:
         return here["gpu"]
-    cores = f"{here['cores']} cores" + (f" ({there['cores']} for stage 2)" if there["cores"] != here["cores"] else "")
-    return f"{cores}, {here['processor']}"
+    also = f" ({there['cores']} for stage 2)" if there["cores"] != here["cores"] else ""
+    return f"{_counted(here['cores'], 'core')}{also}, {here['processor']}"
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}" + "s" * (number != 1)
 
 
 def guidance_table() -> str:

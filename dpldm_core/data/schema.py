@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from dpldm_core.errors import DataError
 
 MIN_SIDE, MAX_SIDE = 8, 64  # pixels
+_NOBODY = {"", "nan", "None", "<NA>"}  # what pandas and numpy write for a missing name
 MAX_CLASSES = 1000
 _METADATA = b"dpldm_schema"
 
@@ -105,13 +106,7 @@ def validate(raw: RawRecords, *, num_classes: int | None, class_names: tuple[str
             f"{raw.where}: group holds {groups.shape} values for {len(images)} images; one per image is needed"
         )
     if groups is not None and groups.dtype.kind not in "iu":
-        missing = np.array([g is None or g != g or str(g) == "" for g in groups])  # NaN is not itself
-        if missing.any():
-            raise DataError(
-                f"{raw.where}: group is missing for {int(missing.sum())} images, and whom they belong to is what the "
-                "promise protects. Name every person, or drop those images"
-            )
-        groups = groups.astype(str)
+        groups = _person_names(groups, raw.where)
     schema = ImageSchema(
         height=images.shape[1],
         width=images.shape[2],
@@ -121,6 +116,20 @@ def validate(raw: RawRecords, *, num_classes: int | None, class_names: tuple[str
         grouped=groups is not None,
     )
     return Records(images, labels, groups, schema)
+
+
+def _person_names(groups: np.ndarray, where: str) -> np.ndarray:
+    """Names as text; those that are missing, in any of the ways in which tables say so, are refused."""
+    values = [g.decode(errors="backslashreplace") if isinstance(g, bytes) else g for g in groups.tolist()]
+    missing = [
+        value is None or value != value or str(value).strip() in _NOBODY for value in values
+    ]  # NaN is not itself
+    if any(missing):
+        raise DataError(
+            f"{where}: group is missing for {sum(missing)} images, and whom they belong to is what is protected. "
+            "Name every person, or drop those images"
+        )
+    return np.array([str(value) for value in values])
 
 
 def _check_images(raw: RawRecords) -> np.ndarray:

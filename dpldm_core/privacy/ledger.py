@@ -64,7 +64,7 @@ class Ledger:
 
         Raises:
             BudgetError: The account is open with a lower cap, which only :meth:`raise_cap` raises; or it is of public
-                data and this is not, or the other way round.
+                data, and this is not.
         """
         accounting.relation_from_name(relation)
         if not budget_epsilon > 0 or (math.isinf(budget_epsilon) and not public):
@@ -76,11 +76,10 @@ class Ledger:
                 cap = None if math.isinf(budget_epsilon) else float(budget_epsilon)
                 body = {"name": name, "budget_epsilon": cap, "delta": delta, "relation": relation, "public": public}
                 return Change("open", body)
-            if known.public != public:
-                kind = ("own data, with a cap", "a public data set, without a cap")
+            if known.public and not public:
                 raise BudgetError(
-                    f"account={name!r} is that of {kind[known.public]}, and this release is of {kind[public]}: their "
-                    "bills are apart. Name another account in the config file, or leave account out"
+                    f"account={name!r} is that of a public data set and has no cap, and this release is of own data. "
+                    "Name another account in the config file, or leave account out"
                 )
             if budget_epsilon > known.budget_epsilon and not public:
                 raise BudgetError(
@@ -233,6 +232,10 @@ class Ledger:
                 raise LedgerError(f"stage {stage!r} runs another plan than the one that the ledger holds: refused")
             if stage not in {m.stage for m in entry.plan.mechanisms}:
                 raise LedgerError(f"stage {stage!r} is not in the plan of release {entry.release_id!r}: not paid for")
+            if entry.config_digest not in ("", config_digest):  # empty: reserved before settings were noted
+                raise LedgerError(
+                    f"stage {stage!r} runs other settings than release {entry.release_id!r} was reserved for"
+                )
             if stage in entry.stages:
                 if hmac.compare_digest(entry.stages[stage], binding):
                     return None

@@ -230,6 +230,14 @@ BAD = {
         lambda i, y: {"images": i, "labels": y, "group": np.where(y, y, np.nan)},
         "missing for 4 images",
     ),
+    "blank persons": (
+        lambda i, y: {"images": i, "labels": y, "group": np.array([b" ", b"p"] * 6)},
+        "missing for 6 images",
+    ),
+    "persons out of pandas": (
+        lambda i, y: {"images": i, "labels": y, "group": np.array(["nan", "p", "None"] * 4)},
+        "missing for 8 images",
+    ),
     "nameless persons": (
         lambda i, y: {"images": i, "labels": y, "group": np.array(["", "p"] * 6)},
         "missing for 6 images",
@@ -259,7 +267,7 @@ def test_bad_arrays_are_refused(tmp_path, images, labels, case):
 
 
 def test_declared_classes_must_fit_and_may_be_empty(tmp_path, images, labels):
-    """With the classes declared, whether somebody is in one is nobody's business; without, a gap is a slip."""
+    """With numbered classes declared, whether somebody is in one is nobody's business; without, a gap is a slip."""
     with pytest.raises(DataError, match="labels range from 0 to 2"):
         load(write_npz(tmp_path, images, labels), num_classes=2)
     assert load(write_npz(tmp_path, images, labels), num_classes=4).train.schema.class_names == ("0", "1", "2", "3")

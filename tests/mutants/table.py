@@ -524,7 +524,7 @@ MUTANTS = (
         LEDGER,
         "if hmac.compare_digest(entry.stages[stage], binding):",
         "if entry.stages[stage]:",
-        (f"{T_LEDGER}the_same_key_with_changed_data_settings_or_code_is_refused",),
+        (f"{T_LEDGER}the_same_key_with_changed_data_or_code_is_refused",),
     ),
     Mutant(
         "the_binding_leaves_out_the_data",
@@ -532,7 +532,7 @@ MUTANTS = (
         LEDGER,
         "bound_to = stage, data_digest, plan_digest, config_digest, code_digest",
         "bound_to = stage, plan_digest, config_digest, code_digest",
-        (f"{T_LEDGER}the_same_key_with_changed_data_settings_or_code_is_refused[sqlite-data_digest]",),
+        (f"{T_LEDGER}the_same_key_with_changed_data_or_code_is_refused[sqlite-data_digest]",),
     ),
     Mutant(
         "the_binding_leaves_out_the_settings",
@@ -540,7 +540,9 @@ MUTANTS = (
         LEDGER,
         "bound_to = stage, data_digest, plan_digest, config_digest, code_digest",
         "bound_to = stage, data_digest, plan_digest, code_digest",
-        (f"{T_LEDGER}the_same_key_with_changed_data_settings_or_code_is_refused[sqlite-config_digest]",),
+        (
+            f"{T_LEDGER}a_release_that_was_reserved_before_settings_were_noted_goes_on_with_those_of_its_first_stage[sqlite]",
+        ),
     ),
     Mutant(
         "releases_of_one_execution_with_other_settings_share_an_entry",
@@ -1197,8 +1199,8 @@ MUTANTS = (
         "records_without_a_person_are_one_person",
         BEYOND,
         SCHEMA,
-        "        if missing.any():\n",
-        "        if missing.all():\n",
+        "    if any(missing):\n",
+        "    if all(missing):\n",
         (f"{T_SOURCES}bad_arrays_are_refused[missing persons]",),
     ),
     Mutant(
@@ -1213,8 +1215,8 @@ MUTANTS = (
         "own_data_may_be_billed_to_a_public_account",
         BEYOND,
         LEDGER,
-        "            if known.public != public:\n",
-        "            if known.public < public:\n",
-        (f"{T_LEDGER}own_data_is_not_billed_to_a_public_account_nor_the_other_way_round[sqlite-True]",),
+        "            if known.public and not public:\n",
+        "            if known.public and not known.name:\n",
+        (f"{T_LEDGER}own_data_is_not_billed_to_a_public_account[sqlite]",),
     ),
 )

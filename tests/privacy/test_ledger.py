@@ -240,8 +240,8 @@ def test_a_new_execution_gets_new_noise(ledger):
     assert len(keys) == 2
 
 
-@pytest.mark.parametrize("changed", ["data_digest", "config_digest", "code_digest"])
-def test_the_same_key_with_changed_data_settings_or_code_is_refused(ledger, changed):
+@pytest.mark.parametrize("changed", ["data_digest", "code_digest"])
+def test_the_same_key_with_changed_data_or_code_is_refused(ledger, changed):
     entry = reserve(ledger)
     ledger.bind_plan(entry.entry_id, PLAN)
     begin(ledger, entry, "s0")
@@ -258,18 +258,27 @@ def test_two_releases_of_one_execution_with_other_settings_are_billed_and_keyed_
         ledger.bind_plan(entry.entry_id, PLAN)
         keys.append(begin(ledger, entry, "s0", config_digest=settings).secret)
     assert keys[0] != keys[1]
-    with pytest.raises(LedgerError, match="other data, settings or code"):
-        begin(ledger, first, "s0", config_digest="r2")
+    for stage in ("s0", "s1"):  # one that began, and one that did not
+        with pytest.raises(LedgerError, match=r"other settings than release 'r1' was reserved for"):
+            begin(ledger, first, stage, config_digest="r2")
 
 
-@pytest.mark.parametrize("public", [False, True])
-def test_own_data_is_not_billed_to_a_public_account_nor_the_other_way_round(ledger, public):
+def test_a_release_that_was_reserved_before_settings_were_noted_goes_on_with_those_of_its_first_stage(ledger):
+    entry = reserve(ledger, config_digest="")
+    ledger.bind_plan(entry.entry_id, PLAN)
+    begin(ledger, entry, "s0", config_digest="a")
+    with pytest.raises(LedgerError, match="other data, settings or code: the same noise on another sum would cancel"):
+        begin(ledger, entry, "s0", config_digest="b")
+
+
+def test_own_data_is_not_billed_to_a_public_account(ledger):
     """A public account has no cap: a config that still names it would spend without end."""
     promise = {"budget_epsilon": 3.0, "delta": DELTA, "relation": "ADD_OR_REMOVE_ONE"}
-    ledger.open_account("b", **promise, public=public)
-    ledger.open_account("b", **promise, public=public)
-    with pytest.raises(BudgetError, match=r"account='b' is that of .* Name another account"):
-        ledger.open_account("b", **promise, public=not public)
+    ledger.open_account("b", **promise, public=True)
+    with pytest.raises(BudgetError, match=r"account='b' is that of a public data set .* Name another account"):
+        ledger.open_account("b", **promise)
+    ledger.open_account("c", **promise)
+    assert not ledger.open_account("c", **promise, public=True).public
 
 
 def test_another_plan_or_stage_gets_no_key(ledger):
