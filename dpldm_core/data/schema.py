@@ -121,9 +121,7 @@ def validate(raw: RawRecords, *, num_classes: int | None, class_names: tuple[str
 def _person_names(groups: np.ndarray, where: str) -> np.ndarray:
     """Names as text; those that are missing, in any of the ways in which tables say so, are refused."""
     values = [g.decode(errors="backslashreplace") if isinstance(g, bytes) else g for g in groups.tolist()]
-    missing = [
-        value is None or value != value or str(value).strip() in _NOBODY for value in values
-    ]  # NaN is not itself
+    missing = [str(value).strip() in _NOBODY for value in values]
     if any(missing):
         raise DataError(
             f"{where}: group is missing for {sum(missing)} images, and whom they belong to is what is protected. "
