@@ -31,6 +31,8 @@ def publish(
     from dpldm_core.release.publishing import publish_release
     from tasks import _tracking
 
+    ledger = open_ledger()
+    ledger.check_ready(release.entry_id)
     with _tracking.child_run(release.run_id, "publish") as run:
         parts = [shard.images.download() for shard in shards]
         files = {"decoder": codec.decoder.download(), "denoiser": model.denoiser.download()}
@@ -50,7 +52,7 @@ def publish(
             work=work_folder("publish"),
             metrics=evaluation.released_metrics,
         )
-        open_ledger().publish(release.entry_id, bundle_digest=done.digest)
+        ledger.publish(release.entry_id, bundle_digest=done.digest)
         made_by = {"codec_by": codec.run_id, "model_by": model.run_id, "teacher_by": teacher.run_id}
         run.params(**made_by, evaluated_by=evaluation.run_id)
     parent, plan = _tracking.Run(release.run_id), ReleasePlan.model_validate_json(release.plan)

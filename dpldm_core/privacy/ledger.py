@@ -249,6 +249,14 @@ class Ledger:
         assert secret is not None
         return SecretKey(secret).derive("stage", *bound_to)
 
+    def check_ready(self, entry_id: str) -> None:
+        """Refuse a release that :meth:`publish` would refuse, before its bundle is written.
+
+        Raises:
+            LedgerError: It was cancelled, or a mechanism of its plan never began.
+        """
+        _check_complete(self.books().entry(entry_id))
+
     def publish(self, entry_id: str, *, bundle_digest: str) -> Entry:
         """Note the published bundle and destroy the release's secret.
 
@@ -263,12 +271,7 @@ class Ledger:
                 if any(link.kind == "publish" and link.body == body for link in links):
                     return None
                 raise LedgerError(f"release {entry.release_id!r} was published with another bundle")
-            planned = set() if entry.plan is None else {m.stage for m in entry.plan.mechanisms}
-            if entry.state == "cancelled" or not planned or planned != set(entry.stages):
-                raise LedgerError(
-                    f"release {entry.release_id!r} cannot be published: it is {entry.state}, and of its mechanisms "
-                    f"{sorted(planned - set(entry.stages))} never began"
-                )
+            _check_complete(entry)
             return Change("publish", body, destroy_secret=entry_id)
 
         return fold(self._chain.append(decide)).entry(entry_id)
@@ -304,6 +307,15 @@ def _check_delta(account: Account, delta: float) -> None:
     if delta > account.delta and not account.public:
         raise BudgetError(
             f"delta={delta:g} is above the {account.delta:g} of account {account.name!r}; ask for that or less"
+        )
+
+
+def _check_complete(entry: Entry) -> None:
+    planned = set() if entry.plan is None else {m.stage for m in entry.plan.mechanisms}
+    if entry.state == "cancelled" or not planned or planned != set(entry.stages):
+        raise LedgerError(
+            f"release {entry.release_id!r} cannot be published: it is {entry.state}, and of its mechanisms "
+            f"{sorted(planned - set(entry.stages))} never began"
         )
 
 

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import sqlalchemy as sa
@@ -330,8 +331,13 @@ def test_a_release_with_a_missing_mechanism_is_not_published(ledger):
     entry = reserve(ledger)
     ledger.bind_plan(entry.entry_id, PLAN)
     begin(ledger, entry, "s0")
-    with pytest.raises(LedgerError, match=r"\['s1'\] never began"):
-        ledger.publish(entry.entry_id, bundle_digest="b")
+    for close in (ledger.check_ready, partial(ledger.publish, bundle_digest="b")):
+        with pytest.raises(LedgerError, match=r"\['s1'\] never began"):
+            close(entry.entry_id)
+    begin(ledger, entry, "s1")
+    ledger.check_ready(entry.entry_id)
+    ledger.publish(entry.entry_id, bundle_digest="b")
+    ledger.check_ready(entry.entry_id)  # a retry
 
 
 def test_publishing_twice_is_the_same_or_refused(ledger):

@@ -10,8 +10,10 @@ import pytest
 from safetensors.numpy import load_file
 
 from dpldm_core.errors import BudgetError, BundleError, ConfigError, DataError, LedgerError, TrackingError
+from dpldm_core.privacy.ledger import Ledger
 from dpldm_core.release.synthetic import read_synthetic
 from dpldm_core.release.verify import verify_bundle
+from dpldm_core.rng import SecretKey
 from tests.tasks.conftest import NUM_RECORDS, drawings
 from workflows.release import release_pipeline, resample_pipeline
 
@@ -267,6 +269,19 @@ def test_the_budget_is_asked_before_the_data_is_opened(machine, own_data, ledger
     (machine / "scans.npz").write_bytes(b"damaged")
     with pytest.raises(BudgetError, match="does not cover"):
         release(own_data)
+
+
+def test_nothing_is_written_of_a_release_whose_books_are_not_whole(machine, small_mnist, ledger, monkeypatch):
+    begin_stage = Ledger.begin_stage
+
+    def forgetful(self, entry_id, stage, **digests):
+        """Hands out a key for the teacher without a debit."""
+        return SecretKey.generate() if stage == "train_teacher" else begin_stage(self, entry_id, stage, **digests)
+
+    monkeypatch.setattr(Ledger, "begin_stage", forgetful)
+    with pytest.raises(LedgerError, match=r"\['train_teacher'\] never began"):
+        release(small_mnist)
+    assert not (machine / "releases").exists() or list((machine / "releases").iterdir()) == []
 
 
 def test_unreachable_stores_are_named(machine, small_mnist, ledger, monkeypatch):
