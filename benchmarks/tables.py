@@ -46,6 +46,7 @@ PRESETS = {  # name: what it is for, images of a release, data sets and epsilons
 }
 BASELINES = {"one_shot_prior": "one-shot prior", "dp_merf": "DP-MERF", "pixel_dpdm": "DPDM on pixels"}
 
+USUAL = "delta 1e-05, ADD_OR_REMOVE_ONE"  # what an epsilon is stated with, where a row does not say otherwise
 ONE_SUM = "\u2020"  # on a result that was made before decision 21
 # What results did that were made before there was such a field.
 BEFORE = {"fine_tuned": False, "num_copies": 0, "first_share": 0.0}
@@ -129,7 +130,7 @@ def stages_table() -> str:
 def quality_table() -> str:
     """One row per result file of benchmarks/quality.py."""
     rows = [
-        "| data | epsilon | preset | small CNN trained on it: accuracy, sd, max of n, images | on "
+        f"| data | epsilon ({USUAL}) | preset | small CNN trained on it: accuracy, sd, max of n, images | on "
         "real data | Frechet distance / floor | same epsilon, same run: accuracy, distance | minutes | machine |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
@@ -146,10 +147,11 @@ def _quality_row(result: dict) -> str:
         f"{BASELINES[name]} {100 * found['train_on_synthetic_accuracy']['mean']:.1f}, {found[metric]['distance']:.3g}"
         for name, found in result.get("baselines", {}).items()
     ]
+    promise = f"delta {result['delta']:g}, {result['neighboring_relation']}"
     mode = "" if result["config"]["latent_mechanism"] == "dp_sgd" else ", noised_latents"
     cells = (
         f"{result['dataset']}{mode}",
-        f"{result['epsilon']:.2f}",
+        f"{result['epsilon']:.2f}" + (f" ({promise})" if promise != USUAL else ""),
         _preset_of(result),
         f"{100 * accuracy['mean']:.1f}, {deviation}, {100 * accuracy['max']:.1f} of {accuracy['num_seeds']}, "
         f"{accuracy['num_images']:,}",
