@@ -29,6 +29,7 @@ from dpldm_core.training.autoencoder import build_autoencoder, encode
 from dpldm_core.training.building import to_tensor, to_uint8
 from dpldm_core.training.diffusion import build_denoiser, train_denoiser
 from dpldm_core.training.prior import release_prior
+from dpldm_core.training.sampling import multiply_in_bfloat16
 from dpldm_core.training.stages import Run
 from dpldm_core.training.units import Units
 
@@ -123,6 +124,7 @@ def pixel_dpdm(records: Records, config: ReleaseConfig) -> Drawn:
     units = _units(records, to_tensor(records.images).flatten(1))
     run = Run(None).loop(config, schema.num_classes)  # type: ignore[arg-type]
     trained = train_denoiser(model, units, plan, SecretKey.generate(), settings, **run)  # type: ignore[arg-type]
+    multiply_in_bfloat16(trained.network)
     sigmas = sampling_sigmas(_STEPS, sigma_min=_SIGMA_MIN, sigma_max=_SIGMA_MAX)
     labels, images = torch.arange(config.num_samples) % schema.num_classes, []
     for rows in torch.arange(config.num_samples).split(_BATCH):

@@ -90,7 +90,7 @@ def resample_pipeline(
     Args:
         bundle: Folder or URI of the published bundle.
         num_samples: Synthetic images.
-        seed: Seed of the sampler; the same seed gives the same images.
+        seed: Seed of the sampler; the same seed gives the same images, up to the rounding of the processor.
         guidance: Mean strength of class guidance, e.g. 8, of every second image or so: it looks more like its class.
             0 for none, -1 for the release's own.
         out: Folder or s3:// URI that the new bundle is written to.

@@ -47,17 +47,20 @@ def guide(denoiser: DenoiserFn, posterior: PosteriorFn, strengths: Tensor, *, hi
     Returns:
         A denoiser of the same n samples.
     """
-    if not bool(strengths.any()):
+    rows = torch.nonzero(strengths)[:, 0]
+    if len(rows) == 0:
         return denoiser
 
     def guided(x: Tensor, sigma: Tensor, class_labels: Tensor) -> Tensor:
         clean = denoiser(x, sigma, class_labels)
         if float(sigma.max()) > highest:
             return clean
-        log_density, means = posterior(x, sigma)
+        log_density, means = posterior(x[rows], sigma[rows])
         unknown = torch.einsum("cn,cnd->nd", log_density.softmax(0), means)
-        shift = strengths[:, None] * (means[class_labels, torch.arange(len(x), device=x.device)] - unknown)
-        return clean + shift * (_MOST * sigma / shift.norm(dim=1).clamp(min=1e-12)).clamp(max=1.0)[:, None]
+        own = means[class_labels[rows], torch.arange(len(rows), device=x.device)]
+        shift = strengths[rows, None] * (own - unknown)
+        shift *= (_MOST * sigma[rows] / shift.norm(dim=1).clamp(min=1e-12)).clamp(max=1.0)[:, None]
+        return clean.index_add(0, rows, shift)
 
     return guided
 

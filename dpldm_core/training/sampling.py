@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
 from dpldm_core.config import ReleaseConfig
 from dpldm_core.data.schema import ImageSchema
@@ -33,7 +34,8 @@ def sample_images(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Draw synthetic images: the prior decides what the largest noise level leaves open, the denoiser all below it.
 
-    Sample i depends on (seed, i) alone, whatever shard or batch it is drawn in.
+    Sample i depends on (seed, i) alone, whatever shard or batch it is drawn in, up to rounding: other processors round
+    otherwise, those with bfloat16 by a gray level or two.
 
     Images are drawn for every class alike, whatever the proportions of the private data.
 
@@ -58,6 +60,8 @@ def sample_images(
     load_model(model, denoiser)
     autoencoder.decoder.eval().to(device)
     model.eval().to(device)
+    for network in (model.network, autoencoder.decoder.refiner):
+        multiply_in_bfloat16(network)
     scale = model.sigma_data / config.diffusion.sigma_data
     settings = config.sampling
     sigmas = scale * sampling_sigmas(settings.num_steps, sigma_min=settings.sigma_min, sigma_max=settings.sigma_max)
@@ -96,6 +100,19 @@ def sample_images(
     judge = new_teacher(config, schema)
     load_model(judge, teacher)
     return drawn, judge.classify(drawn, model.prior.shares, num_views=config.teacher.num_views)
+
+
+def multiply_in_bfloat16(network: nn.Module) -> None:
+    """Let a network's convolutions take bfloat16 where the processor multiplies it natively: twice as fast there.
+
+    For networks that meet no private record any more. The prior's Gaussians keep float32: how likely a class is, is a
+    small difference of large numbers.
+
+    Args:
+        network: On a CPU without AVX-512 BF16, and on a GPU, it stays as it is; elsewhere later calls are changed.
+    """
+    if not torch.cuda.is_available() and torch.cpu._is_avx512_bf16_supported():
+        network.forward = torch.autocast("cpu", torch.bfloat16)(network.forward)
 
 
 def shard_indices(num_samples: int, shard: int, num_shards: int) -> range:

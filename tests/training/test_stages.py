@@ -132,6 +132,22 @@ def test_sampling_from_a_fixed_model_with_a_fixed_seed_is_reproducible(trained):
     assert not np.array_equal(other, first)
 
 
+def test_bfloat16_moves_images_by_its_rounding_and_is_used_where_the_processor_has_it(trained, monkeypatch):
+    """Networks whose correction is as large as a trained one's, drawn in both precisions."""
+    wide = trained | {name: trained["folder"] / f"wide-{name}" for name in ("decoder", "denoiser")}
+    generator = torch.Generator().manual_seed(0)
+    for name, layer in (("decoder", "refiner.layers.4.weight"), ("denoiser", "network.outer.weight")):
+        tensors = load_file(trained[name])
+        tensors[layer] = 0.1 * torch.randn(tensors[layer].shape, generator=generator)
+        save_file(tensors, wide[name])
+    drawn = {}
+    for native in (False, True):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda native=native: native)
+        drawn[native] = draw(wide, range(60))[0].astype(int)
+    difference = np.abs(drawn[True] - drawn[False])
+    assert 0 < difference.mean() < 1.0 and np.quantile(difference, 0.99) <= 8, "gray levels"
+
+
 def test_images_do_not_depend_on_the_number_of_threads(trained):
     before = torch.get_num_threads()
     drawn = []
