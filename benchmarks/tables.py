@@ -170,7 +170,7 @@ def _machine_of(result: dict) -> str:
     if here["gpu"]:
         return here["gpu"]
     also = f" ({there['cores']} for stage 2)" if there["cores"] != here["cores"] else ""
-    return f"{_counted(here['cores'], 'core')}{also}, {here['processor']}"
+    return f"{_counted(here['cores'], 'core')}{also}, {here['processor']}, {here['instructions'][-1]}"
 
 
 def _counted(number: int, what: str) -> str:
