@@ -130,7 +130,7 @@ def _leave_out_teacher(values: dict[str, Any]) -> None:
 def _teach_twice(values: dict[str, Any]) -> None:
     """Two teachers with many weights, whose features are learnt at length; half of the prior's budget pays."""
     values["prior"]["budget_share"] = 0.25
-    values["diffusion"]["dp_sgd"]["budget_share"] = 0.4
+    values["diffusion"]["dp_sgd"] |= {"num_steps": 400, "ema_decay": 0.98, "budget_share": 0.4}
     values["teacher"] |= {"num_synthetic": 180_000, "num_epochs": 6, "deformation": 0.5, "num_copies": 2}
     values["teacher"] |= {"fine_tuned": True, "first_share": 0.1}
     values["teacher"]["dp_sgd"] |= {"learning_rate": 3e-3, "budget_share": 0.2}
@@ -168,9 +168,9 @@ def _cpu(num_records: int) -> dict[str, Any]:
 
 
 def _long(num_records: int) -> dict[str, Any]:
-    """As cpu, with twice the private steps of the denoiser: an hour and more on two cores."""
+    """As cpu, with a teacher that sees three times as many images; :func:`_teach_twice` adds to it."""
     values = _cpu(num_records)
-    values["diffusion"]["dp_sgd"] |= {"num_steps": 400, "ema_decay": 0.98}
+    values["teacher"] |= {"num_synthetic": 60_000, "num_epochs": 6}
     return values
 
 

@@ -96,6 +96,8 @@ def test_long_has_two_fine_tuned_teachers_where_budget_is_plenty(preset):
         assert config.teacher.fine_tuned == (config.teacher.first_share > 0) == twice
         assert (config.prior.budget_share == 0.25) == (config.teacher.num_copies > 0) == twice
         assert (config.teacher.dp_sgd.learning_rate < 1) == twice, "for gradients of unit noise"
+        assert (config.diffusion.dp_sgd.num_steps == 400) == twice
+        assert (config.teacher.num_synthetic >= 60_000) == (preset == "long")
         if preset == "long":
             plan = plan_release(config, num_classes=10, latent_dim=196, grouped=False)
             assert ("train_first_teacher" in plan.stages()) == twice
