@@ -27,6 +27,7 @@ from _baselines import BASELINES
 from _machine import describe_machine
 from tables import MADE
 
+from dpldm_core.config import ReleaseConfig
 from dpldm_core.data.ingest import ingest_dataset
 from dpldm_core.data.schema import read_records
 from dpldm_core.models.classifier import SmallCnn, train_classifier
@@ -34,7 +35,7 @@ from dpldm_core.privacy.calibration import COVARIANCES, DIFFUSION, MEANS, TEACHE
 from dpldm_core.privacy.report import recompute
 from dpldm_core.release.measuring import FIRST_SEED, evaluate_files
 from dpldm_core.release.opening import Decision, Request, check_request, decide
-from dpldm_core.release.publishing import publish_release
+from dpldm_core.release.publishing import Publication, publish_release
 from dpldm_core.release.sampling import write_shard
 from dpldm_core.release.synthetic import write_synthetic_parquet
 from dpldm_core.release.verify import verify_bundle
@@ -158,9 +159,8 @@ def release_and_measure(
     """
     clock = Clock()
     with clock.stage("open"):
-        request = request_of(arguments, folder)
-        decision = decide(request, data_root=arguments.data_root, cache_dir=str(folder))
-    config, plan, schema = request.config, decision.plan, decision.schema
+        decision = decide(request_of(arguments, folder), data_root=arguments.data_root, cache_dir=str(folder))
+    config, schema = decision.request.config, decision.schema
     with clock.stage("ingest"):
         by = "position" if config.latent_mechanism == "noised_latents" else "content"
         train, heldout = ingest_dataset(
@@ -174,63 +174,47 @@ def release_and_measure(
             schema=schema,
         )
     models, noise_std = train_models(train, decision, folder, clock, kept=kept)
+
+    def drawn(settings: ReleaseConfig, where: Path) -> Path:
+        where.mkdir(exist_ok=True)
+        return write_shard(where, 0, settings, schema.model_dump_json(), noise_std=noise_std, num_shards=1, **models)
+
     with clock.stage("sample"):
-        part = write_shard(folder, 0, config, schema.model_dump_json(), noise_std=noise_std, num_shards=1, **models)
+        part = drawn(config, folder)
     with clock.stage("publish"):
-        published = publish_release(
-            request.out,
-            request.release_id,
-            config,
-            plan.model_dump_json(),
-            schema.model_dump_json(),
-            account=request.account,
-            entry="benchmark",
-            synthetic=[str(part)],
-            model_files={name: str(path) for name, path in models.items()},
-            noise_std=noise_std,
-            work=folder,
-        )
+        published = _publish(decision, part, models, noise_std, folder)
     report = verify_bundle(published.bundle, strict=True).report
     if arguments.picture:
         Path(arguments.picture).write_bytes(published.samples_png)
-    measured = {"num_seeds": arguments.seeds, "max_frechet_images": arguments.frechet_images}
-    evaluation = config.evaluation.model_copy(update=measured)
     real = read_records(train)
+
+    def measured(part: Path, num_seeds: int) -> dict:
+        asked = {"num_seeds": num_seeds, "max_frechet_images": arguments.frechet_images}
+        options = {"inception_weights": arguments.inception_weights or None, "real_classifier": real_classifier}
+        evaluate_files([part], train, heldout, folder, config.evaluation.model_copy(update=asked), **options)
+        return json.loads((folder / "evaluation.json").read_text())
+
     with clock.stage("evaluate"):
         if schema.num_classes > 1 and real_classifier is None:
-            real_classifier = train_classifier(
-                real.images,
-                real.labels,
-                num_classes=schema.num_classes,
-                num_epochs=evaluation.num_epochs,
-                seed=FIRST_SEED,
-            )
-        options = {"inception_weights": arguments.inception_weights or None, "real_classifier": real_classifier}
-        _, numbers = evaluate_files([part], train, heldout, folder, evaluation, **options)
-        result = json.loads((folder / "evaluation.json").read_text())
+            epochs = config.evaluation.num_epochs
+            settings = {"num_classes": schema.num_classes, "num_epochs": epochs, "seed": FIRST_SEED}
+            real_classifier = train_classifier(real.images, real.labels, **settings)
+        result = measured(part, arguments.seeds)
     baselines = {}
     for name in arguments.baselines if config.latent_mechanism == "dp_sgd" else ():
         with clock.stage(name):
-            drawn = BASELINES[name](real, config)
             path = folder / f"{name}.parquet"
-            write_synthetic_parquet(path, *drawn, schema.class_names, schema.labelled)
-        once = evaluation.model_copy(update={"num_seeds": 1})
-        evaluate_files([path], train, heldout, folder, once, **options)
-        baselines[name] = json.loads((folder / "evaluation.json").read_text())
+            write_synthetic_parquet(path, *BASELINES[name](real, config), schema.class_names, schema.labelled)
+        baselines[name] = measured(path, 1)
         print(name, baselines[name]["train_on_synthetic_accuracy"], flush=True)
     guided = {}
     for strength in arguments.guidance:
         sampling = config.sampling.model_copy(update={"guidance": strength})
         with clock.stage(f"guidance {strength:g}"):
-            again = config.model_copy(update={"sampling": sampling})
-            where = folder / f"guidance-{strength:g}"
-            where.mkdir()
-            part = write_shard(where, 0, again, schema.model_dump_json(), noise_std=noise_std, num_shards=1, **models)
-        once = evaluation.model_copy(update={"num_seeds": 1})
-        evaluate_files([part], train, heldout, folder, once, **options)
-        guided[f"{strength:g}"] = json.loads((folder / "evaluation.json").read_text())
+            again = drawn(config.model_copy(update={"sampling": sampling}), folder / f"guidance-{strength:g}")
+        guided[f"{strength:g}"] = measured(again, 1)
         print(strength, guided[f"{strength:g}"]["train_on_synthetic_accuracy"], flush=True)
-    print(f"accuracy {numbers.get('train_on_synthetic_accuracy.mean')}", flush=True)
+    print(f"accuracy {result['train_on_synthetic_accuracy']}", flush=True)
     return {
         "dataset": Path(arguments.dataset).stem,
         "preset": arguments.preset,
@@ -249,6 +233,23 @@ def release_and_measure(
         "config": config.model_dump(mode="json"),
         "machine": describe_machine(),
     }
+
+
+def _publish(decision: Decision, part: Path, models: dict[str, Path], noise_std: float, folder: Path) -> Publication:
+    request = decision.request
+    return publish_release(
+        request.out,
+        request.release_id,
+        request.config,
+        decision.plan.model_dump_json(),
+        decision.schema.model_dump_json(),
+        account=request.account,
+        entry="benchmark",
+        synthetic=[str(part)],
+        model_files={name: str(path) for name, path in models.items()},
+        noise_std=noise_std,
+        work=folder,
+    )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
