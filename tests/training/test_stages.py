@@ -140,6 +140,7 @@ def test_bfloat16_moves_images_by_its_rounding_and_is_used_where_the_processor_h
         tensors = load_file(trained[name])
         tensors[layer] = 0.1 * torch.randn(tensors[layer].shape, generator=generator)
         save_file(tensors, wide[name])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # a GPU is left as it is
     drawn = {}
     for native in (False, True):
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda native=native: native)
