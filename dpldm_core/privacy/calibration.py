@@ -52,6 +52,30 @@ def plan_release(config: ReleaseConfig, *, num_classes: int, latent_dim: int, gr
             images without labels.
         AccountingError: The target cannot be met, or the accountants disagree.
     """
+    return calibrate(
+        private_mechanisms(config, num_classes=num_classes, latent_dim=latent_dim, grouped=grouped),
+        target_epsilon=config.epsilon,
+        delta=config.delta,
+        relation=relation_of(config.latent_mechanism),
+        unit_of_privacy=f"one person (at most {config.max_records_per_group} records)" if grouped else "one record",
+        num_records=config.num_records,
+    )
+
+
+def private_mechanisms(
+    config: ReleaseConfig, *, num_classes: int, latent_dim: int, grouped: bool
+) -> list[tuple[MechanismPlan, float]]:
+    """(plan, share of the budget) of every private mechanism of a release, in order, their noise not yet calibrated.
+
+    Args:
+        config: The resolved configuration.
+        num_classes: Public number of classes, 1 when there are no labels.
+        latent_dim: Public dimension of a latent.
+        grouped: Whether the data names persons.
+
+    Raises:
+        ConfigError: A first teacher without a second, or an accuracy to release of images without labels.
+    """
     records = config.max_records_per_group if grouped else 1
     if config.latent_mechanism == "dp_sgd":
         if config.teacher.first_share > 0 and config.teacher.dp_sgd.budget_share == 0:
@@ -87,15 +111,7 @@ def plan_release(config: ReleaseConfig, *, num_classes: int, latent_dim: int, gr
             mechanisms.append((labels, label_share))
     if config.publish_metrics:
         mechanisms = _with_metrics(mechanisms, config.evaluation.metrics_share, num_classes, records)
-    unit = f"one person (at most {records} records)" if grouped else "one record"
-    return calibrate(
-        mechanisms,
-        target_epsilon=config.epsilon,
-        delta=config.delta,
-        relation=relation_of(config.latent_mechanism),
-        unit_of_privacy=unit,
-        num_records=config.num_records,
-    )
+    return mechanisms
 
 
 def _with_metrics(

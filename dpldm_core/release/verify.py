@@ -1,4 +1,4 @@
-"""Verify a bundle from its own files: every hash, every shape, and epsilon from the events alone.
+"""Verify a bundle from its own files: every hash, every shape, the events from config.json, epsilon from the events.
 
 ``python -m dpldm_core.release.verify releases/<id>`` exits 0 when all holds and 1, saying what is wrong, when anything
 was changed. Whoever rewrites events, numbers and hashes consistently has written another bundle: compare the
@@ -19,16 +19,20 @@ from typing import Any
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 
-from dpldm_core.errors import AccountingError, BundleError
-from dpldm_core.privacy.accounting import accountant_versions
+from dpldm_core.errors import AccountingError, BundleError, ConfigError
+from dpldm_core.privacy.accounting import accountant_versions, event_to_json
+from dpldm_core.privacy.calibration import COVARIANCES, MEANS, private_mechanisms
 from dpldm_core.privacy.calibration import METRICS as METRICS_STAGE
 from dpldm_core.privacy.report import PrivacyReport, recompute
 from dpldm_core.release import bundle
 from dpldm_core.release import metrics as released
 from dpldm_core.release.bundle import CARD, CONFIG, MANIFEST, METRICS, REPORT, SAMPLES
+from dpldm_core.release.sampling import read_public_config
 from dpldm_core.release.synthetic import count_synthetic, read_synthetic
 
 TOLERANCE = 1e-6  # of a stored epsilon: room for another machine's floating point, not for another promise
+_NOISE = {"noise_multiplier", "noise_parameter"}  # fields of events that calibration decides, not config.json
+_ONE_SUM = "latent_prior"  # the stage of MEANS and COVARIANCES in bundles from before decision 21
 _MODEL = re.compile(r"model/[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors")
 
 
@@ -66,6 +70,8 @@ def verify_bundle(path: str | Path, *, strict: bool = False) -> VerifiedBundle:
         config = _load(folder, CONFIG, problems) or {}
         if report is not None:
             _check_agreement(folder, manifest, config, report, problems)
+            if config:
+                _check_mechanisms(folder, report, problems)
             _check_metrics(folder, manifest, config, report, problems)
         _check_images(folder, intact, config, strict, problems)
         _check_models(folder, intact, problems)
@@ -173,6 +179,40 @@ def _check_agreement(
             problems.append(f"{CARD} does not carry the statement of {REPORT}")
     except (OSError, ValueError) as error:
         problems.append(f"{CARD} cannot be read: {error}")
+
+
+def _check_mechanisms(folder: Path, report: PrivacyReport, problems: list[str]) -> None:
+    """The events are those of config.json: its stages, their rates, steps and labels. Noise is left to the epsilons."""
+    try:
+        config, schema, _ = read_public_config(folder)
+        planned = private_mechanisms(config, num_classes=schema.num_classes, latent_dim=1, grouped=schema.grouped)
+    except (BundleError, ConfigError, ArithmeticError) as error:
+        problems.append(f"{CONFIG}: {error}")
+        return
+    expected = {plan.stage: _without_noise(event_to_json(plan.event())) for plan, _ in planned}
+    stated = [(e.stage, _without_noise(e.event)) for e in report.events]
+    if _ONE_SUM in dict(stated) and MEANS in expected:
+        expected[_ONE_SUM] = expected.pop(MEANS)
+        del expected[COVARIANCES]
+    problems += [
+        f"{REPORT}: {stage} is billed as {event}, but by {CONFIG} it is {expected.get(stage, 'no private stage')}"
+        for stage, event in stated
+        if expected.get(stage) != event
+    ]
+    problems += [
+        f"{REPORT}: {CONFIG} has a private stage {stage!r}, which is billed {billed} times"
+        for stage in expected
+        if (billed := sum(stage == other for other, _ in stated)) != 1
+    ]
+
+
+def _without_noise(event: dict[str, Any]) -> dict[str, Any]:
+    """A nested event without the amounts of its noise."""
+    return {
+        name: _without_noise(value) if isinstance(value, dict) else value
+        for name, value in event.items()
+        if name not in _NOISE
+    }
 
 
 def _check_metrics(

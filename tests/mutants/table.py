@@ -972,6 +972,22 @@ MUTANTS = (
         (f"{T_VERIFY}a_report_that_its_events_contradict_fails_with_every_hash_right",),
     ),
     Mutant(
+        "a_bill_may_leave_out_a_stage_of_the_configuration",
+        BEYOND,
+        "dpldm_core/release/verify.py",
+        "!= 1\n    ]",
+        "> 1\n    ]",
+        (f"{T_VERIFY}a_bill_of_less_than_was_configured_fails_with_every_number_right",),
+    ),
+    Mutant(
+        "a_bill_may_state_fewer_steps_than_the_configuration",
+        BEYOND,
+        "dpldm_core/release/verify.py",
+        '_NOISE = {"noise_multiplier", "noise_parameter"}',
+        '_NOISE = {"noise_multiplier", "noise_parameter", "count"}',
+        (f"{T_VERIFY}a_bill_of_less_than_was_configured_fails_with_every_number_right",),
+    ),
+    Mutant(
         "the_lineage_names_the_private_file_by_its_digest",
         BEYOND,
         "tasks/_tracking.py",

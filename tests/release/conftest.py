@@ -7,33 +7,45 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from dpldm_core.data.schema import ImageSchema
+from dpldm_core.presets import resolve_config
+from dpldm_core.privacy.calibration import COVARIANCES, MEANS
 from dpldm_core.privacy.plan import GaussianSumPlan, ReleasePlan
 from dpldm_core.privacy.report import build_report
 from dpldm_core.release.bundle import MANIFEST, canonical_json, digest, seal, write_bundle
 from dpldm_core.release.card import render_card
 from dpldm_core.release.figures import samples_grid_png
+from dpldm_core.release.sampling import public_config
 from dpldm_core.release.synthetic import write_synthetic_parquet
 
 CLASSES = ["ankle boot", "bag", "coat"]
 NUM_SAMPLES = 7
 PRIVATE_MARKER = 918273645  # stands for a number that was read from private data; it may appear nowhere
-CONFIG_VALUES = {
-    "epsilon": 1.0,
-    "delta": 1e-5,
-    "preset": "quick",
-    "num_samples": NUM_SAMPLES,
-    "latent_mechanism": "dp_sgd",
-    "dataset": "mnist5k",
-}
+_NONE = {"dp_sgd": {"budget_share": 0.0}}
+CONFIG_VALUES = public_config(
+    resolve_config(
+        dataset="mnist5k",
+        epsilon=1.0,
+        delta=1e-5,
+        preset="quick",
+        num_samples=NUM_SAMPLES,
+        latent_mechanism="dp_sgd",
+        public_num_records=None,
+        overrides={"prior": {"budget_share": 1.0}, "autoencoder": _NONE, "diffusion": _NONE, "teacher": _NONE},
+    ),
+    ImageSchema(height=8, width=8, channels=1, class_names=tuple(CLASSES), labelled=True, grouped=False),
+    0.0,
+    "mnist5k",
+)
 
 
 @pytest.fixture
 def plan():
-    """Cheap to account for: the byte-change tests verify dozens of bundles."""
+    """That of CONFIG_VALUES, cheap to account for: the byte-change tests verify dozens of bundles."""
     return ReleasePlan(
         mechanisms=(
-            GaussianSumPlan(stage="prior", max_norm=1.0, noise_multiplier=6.0),
-            GaussianSumPlan(stage="diffusion", max_norm=1.0, noise_multiplier=8.0),
+            GaussianSumPlan(stage=MEANS, max_norm=1.0, noise_multiplier=6.0),
+            GaussianSumPlan(stage=COVARIANCES, max_norm=1.0, noise_multiplier=8.0),
         ),
         delta=1e-5,
         relation="ADD_OR_REMOVE_ONE",

@@ -46,7 +46,7 @@ def test_card_states_the_promise_and_nothing_private(plan):
     report_line = re.search(r"^> (This release is .*)$", text, re.M)
     assert report_line and "ADD_OR_REMOVE_ONE (adding or removing one record)" in report_line[1]
     assert "918273645" not in text
-    assert "| prior | Gaussian mechanism, once | 6 |" in text
+    assert "| latent_means | Gaussian mechanism, once | 6 |" in text
     assert "python -m dpldm_core.release.verify" in text
     assert f"Made by dpldm, SHA-256 of its sources {code_digest()}, with torch " in text
     assert "What is not promised" in text and "Ge, Zhang and Sun, 2024" in text

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from dpldm_core.errors import BundleError
 from dpldm_core.presets import resolve_config
+from dpldm_core.privacy.calibration import COVARIANCES, MEANS
 from dpldm_core.privacy.calibration import METRICS as STAGE
 from dpldm_core.privacy.plan import GaussianSumPlan, HistogramPlan, ReleasePlan
 from dpldm_core.privacy.report import build_report
@@ -30,7 +31,8 @@ FOUND = metrics_of(STAGE, 880, 120, Z, 1)
 @pytest.fixture
 def paid(tmp_path, parts):
     """Keyword arguments of write_bundle for a release that paid for its accuracy."""
-    mechanisms = (GaussianSumPlan(stage="prior", max_norm=1.0, noise_multiplier=6.0), HISTOGRAM)
+    sums = (GaussianSumPlan(stage=stage, max_norm=1.0, noise_multiplier=9.0) for stage in (MEANS, COVARIANCES))
+    mechanisms = (*sums, HISTOGRAM)
     plan = ReleasePlan(mechanisms=mechanisms, delta=1e-5, relation="ADD_OR_REMOVE_ONE", unit_of_privacy="one record")
     report = build_report(
         plan, release_id="r1", account="mnist5k", entry="e", latent_mechanism="dp_sgd", public_facts={}

@@ -1,3 +1,4 @@
+import functools
 import json
 import os
 import subprocess
@@ -7,10 +8,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dpldm_core.data.schema import ImageSchema
 from dpldm_core.errors import BundleError
-from dpldm_core.release.bundle import MANIFEST, canonical_json, seal
+from dpldm_core.presets import resolve_config
+from dpldm_core.privacy.calibration import COVARIANCES, MEANS, plan_release
+from dpldm_core.privacy.report import build_report
+from dpldm_core.release.bundle import MANIFEST, canonical_json, seal, write_bundle
+from dpldm_core.release.card import render_card
+from dpldm_core.release.sampling import public_config
 from dpldm_core.release.synthetic import write_synthetic_parquet
 from dpldm_core.release.verify import main, verify_bundle
+from tests.release.conftest import CLASSES, NUM_SAMPLES
 
 FILES = [
     "synthetic/part-00000-of-00002.parquet",
@@ -109,7 +117,7 @@ def forge_drop(report):
 def forge_drop_and_state(report):
     """A consistent sentence over fewer events, but the old epsilon."""
     report["events"] = report["events"][:1]
-    report["statement"] = report["statement"].replace("prior, diffusion", "prior")
+    report["statement"] = report["statement"].replace("latent_means, latent_covariances", "latent_means")
 
 
 def forge_noise(report):
@@ -210,6 +218,84 @@ def test_parts_that_contradict_each_other_fail_with_every_hash_right(folder, rew
     rewrite(folder, name, change)
     said = problems(folder)
     assert says in said and "SHA-256" not in said
+
+
+@functools.cache
+def planned(mechanism, grouped):
+    """A configuration with every stage, its schema and its plan."""
+    config = resolve_config(
+        dataset="mnist5k",
+        epsilon=1.0,
+        delta=1e-5,
+        preset="smoke",
+        num_samples=NUM_SAMPLES,
+        latent_mechanism=mechanism,
+        public_num_records=None,
+        publish_metrics=False,
+        overrides={"teacher": {"first_share": 0.05, "dp_sgd": {"budget_share": 0.1}}},
+    )
+    schema = ImageSchema(height=8, width=8, channels=1, class_names=tuple(CLASSES), labelled=True, grouped=grouped)
+    plan = plan_release(config, num_classes=len(CLASSES), latent_dim=16, grouped=grouped)
+    return config, schema, plan
+
+
+@pytest.fixture
+def bundle_of(tmp_path, parts):
+    """Writes a bundle whose report, card and config are made from a plan: nothing but the two can contradict."""
+
+    def write(config, schema, plan):
+        mechanism = config.latent_mechanism
+        report = build_report(
+            plan, release_id="r2", account="a", entry="e", latent_mechanism=mechanism, public_facts={}
+        )
+        values = public_config(config, schema, 0.0, "mnist5k")
+        card = render_card(report, values, dataset_title="t", num_samples=NUM_SAMPLES, class_names=CLASSES)
+        return Path(
+            write_bundle(tmp_path / "planned", "r2", **parts | {"config": values, "report": report, "card": card})
+        )
+
+    return write
+
+
+def changed(plan, stage, /, **fields):
+    """The plan with other fields of one stage, or without it."""
+    mechanisms = [m.model_copy(update=fields) if m.stage == stage else m for m in plan.mechanisms]
+    kept = [m for m in mechanisms if fields or m.stage != stage]
+    return plan.model_copy(update={"mechanisms": tuple(kept)})
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("mechanism", ["dp_sgd", "noised_latents"])
+def test_events_that_follow_from_the_configuration_verify(bundle_of, mechanism, grouped):
+    config, schema, plan = planned(mechanism, grouped)
+    assert len(plan.mechanisms) == (6 if mechanism == "dp_sgd" else 3)
+    assert verify_bundle(bundle_of(config, schema, plan)).report.epsilon <= 1.0
+
+
+@pytest.mark.parametrize(
+    ("mechanism", "stage", "fields", "says"),
+    [
+        ("dp_sgd", "train_autoencoder", {}, "'train_autoencoder', which is billed 0 times"),
+        ("dp_sgd", "train_first_teacher", {}, "'train_first_teacher', which is billed 0 times"),
+        ("dp_sgd", COVARIANCES, {}, f"{COVARIANCES!r}, which is billed 0 times"),
+        ("dp_sgd", COVARIANCES, {"stage": MEANS}, f"{MEANS!r}, which is billed 2 times"),
+        ("dp_sgd", "train_diffusion", {"num_steps": 1}, "train_diffusion is billed as"),
+        ("dp_sgd", "train_diffusion", {"sample_rate": 0.001}, "train_diffusion is billed as"),
+        ("dp_sgd", "train_teacher", {"stage": "train_pupil"}, "by config.json it is no private stage"),
+        ("noised_latents", "extract_labels", {"labels_per_unit": 1}, "extract_labels is billed as"),
+        ("noised_latents", "extract_labels", {"num_classes": 2}, "extract_labels is billed as"),
+    ],
+)
+def test_a_bill_of_less_than_was_configured_fails_with_every_number_right(bundle_of, mechanism, stage, fields, says):
+    config, schema, plan = planned(mechanism, True)
+    said = problems(bundle_of(config, schema, changed(plan, stage, **fields)))
+    assert says in said and "SHA-256" not in said and "events cost" not in said
+
+
+def test_bundles_whose_prior_was_one_sum_still_verify(bundle_of):
+    config, schema, plan = planned("dp_sgd", False)
+    old = changed(changed(plan, COVARIANCES), MEANS, stage="latent_prior")
+    assert verify_bundle(bundle_of(config, schema, old)).report.events[1].stage == "latent_prior"
 
 
 def test_a_dropped_part_is_missed_with_every_hash_right(folder, rewrite):
