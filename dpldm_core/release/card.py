@@ -66,10 +66,10 @@ the rows do not simply add up: epsilon is computed over all of them together ({a
 python -m dpldm_core.release.verify path/to/{release_id}
 ```
 
-recomputes epsilon from the mechanisms in `privacy_report.json` alone, compares these with the stages, rates and steps in
-`config.json` and the SHA-256 of every file with `manifest.json`, and says what is wrong if anything was changed. It needs no private data and no GPU. It ends with the
-SHA-256 of the manifest: compare that with what the steward tells you, for whoever rewrites all files can rewrite their
-list too.
+recomputes epsilon from the mechanisms in `privacy_report.json` alone, compares these with the stages, rates and steps
+of `config.json` and the SHA-256 of every file with `manifest.json`, and says what is wrong if anything was changed. It
+needs no private data and no GPU. It ends with the SHA-256 of the manifest: compare that with what the steward tells
+you, for whoever rewrites all files can rewrite their list too.
 
 ## Load it
 
