@@ -2,6 +2,7 @@
 
 The same release again and again, each time without one part; the budget of a part that is left out goes to the others.
 Accuracy, distance, epsilon and seconds of every arm, measured as in benchmarks/quality.py, one release each.
+--arms runs some of them; --whole takes the whole method from a result file of benchmarks/quality.py.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import json
 import tempfile
 from pathlib import Path
 
-from _machine import describe_machine
 from quality import add_arguments, release_and_measure, request_of
 
 from dpldm_core.data.sources import load_dataset
@@ -19,12 +19,15 @@ from dpldm_core.models.classifier import train_classifier
 from dpldm_core.overrides import merge
 from dpldm_core.release.measuring import FIRST_SEED
 
-RESULT = Path(__file__).parent / "results" / "ablation.json"
+RESULTS = Path(__file__).parent / "results" / "ablation"
+WHOLE = "the whole method"
+KEPT = ("epsilon", "measured", "baselines", "release_minutes", "stages", "config", "machine")
 SHARES = {"autoencoder": ("dp_sgd",), "prior": (), "diffusion": ("dp_sgd",), "teacher": ("dp_sgd",)}
 
 # What each arm leaves out: the section whose private steps go, or single fields.
 ARMS: dict[str, tuple[str | None, dict]] = {
-    "the whole method": (None, {}),
+    WHOLE: (None, {}),
+    "no denoiser: samples of the prior": ("diffusion", {"diffusion": {"procedural_steps": 0}}),
     "no procedural images for the denoiser": (None, {"diffusion": {"procedural_steps": 0}}),
     "no private steps of the denoiser": ("diffusion", {}),
     "no procedural images for the decoder": (None, {"autoencoder": {"procedural_steps": 0}}),
@@ -46,7 +49,16 @@ def overrides(left_out: str | None, fields: dict, defaults: dict) -> dict:
         own = defaults[left_out]["dp_sgd"]["budget_share"]
         changed = {"budget_share": 0.0 if section == left_out else block["budget_share"] / (1 - own)}
         found[section] = {path[0]: changed} if path else changed
-    return found
+    return merge(found, fields)
+
+
+def whole_of(file: Path, defaults: dict) -> dict:
+    """The arm that leaves nothing out, from a result of benchmarks/quality.py with the same settings."""
+    found = json.loads(file.read_text())
+    config = json.loads(json.dumps(defaults))
+    if differs := sorted(name for name, value in config.items() if found["config"].get(name) != value):
+        raise SystemExit(f"--whole {file} is of another release: {', '.join(differs)}")
+    return found | {"baselines": {"one_shot_prior": found["baselines"]["one_shot_prior"]}}
 
 
 def main() -> None:
@@ -54,31 +66,38 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
     parser.set_defaults(dataset="mnist", epsilon=1.0)
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="default: all")
+    parser.add_argument("--whole", type=Path, help=f"result file of benchmarks/quality.py that is {WHOLE!r}")
     parser.add_argument("--json", action="store_true", help="print the result last")
     arguments = parser.parse_args()
     if arguments.config:
         parser.error("--config is set by the arms")
     with tempfile.TemporaryDirectory() as folder:
         defaults = request_of(arguments, Path(folder)).config.model_dump()
+    result: dict = {"dataset": arguments.dataset, "preset": arguments.preset, "arms": {}}
+    if arguments.whole:
+        whole = whole_of(arguments.whole, defaults)
+        result["arms"][WHOLE] = {key: whole[key] for key in KEPT}
     real = load_dataset(arguments.dataset, data_root=arguments.data_root, cache_dir=None, num_classes=None).train
     classes, epochs = real.schema.num_classes, defaults["evaluation"]["num_epochs"]
     judge = train_classifier(real.images, real.labels, num_classes=classes, num_epochs=epochs, seed=FIRST_SEED)
-    result: dict = {"dataset": arguments.dataset, "preset": arguments.preset, "arms": {}, "machine": describe_machine()}
-    for name, (left_out, fields) in ARMS.items():
+    RESULTS.mkdir(exist_ok=True)
+    file = RESULTS / f"{arguments.dataset}-eps{arguments.epsilon:g}-{arguments.preset}.json"
+    for name in (arm for arm in ARMS if arm in arguments.arms and arm not in result["arms"]):
+        left_out, fields = ARMS[name]
         print(name, flush=True)
         with tempfile.TemporaryDirectory() as folder:
             changes = Path(folder) / "changes.json"
             changed = overrides(left_out, fields, defaults)
             changes.write_text(json.dumps(changed))
             own = vars(arguments) | {"config": str(changes)}
-            own |= {"baselines": ["one_shot_prior"] if name == "the whole method" else []}
+            own |= {"baselines": ["one_shot_prior"] if name == WHOLE else []}
             found = release_and_measure(argparse.Namespace(**own), Path(folder), judge)
         for section, values in merge(defaults, changed).items():
             if found["config"][section] != values:
                 raise AssertionError(f"{name!r} changed more than that: {section} is {found['config'][section]}")
-        kept = ("epsilon", "measured", "baselines", "release_minutes", "stages", "config")
-        result["arms"][name] = {key: found[key] for key in kept}
-        RESULT.write_text(json.dumps(result, indent=1) + "\n")
+        result["arms"][name] = {key: found[key] for key in KEPT}
+        file.write_text(json.dumps(result, indent=1) + "\n")
     if arguments.json:
         print(json.dumps(result))
 

@@ -229,26 +229,24 @@ def inception_table() -> str:
 
 def ablation_table() -> str:
     """One row per arm of benchmarks/ablation.py."""
-    result = json.loads((HERE / "results" / "ablation.json").read_text())
-    rows = ["| left out | accuracy | Frechet distance | epsilon | seconds of processor |", "|---|---|---|---|---|"]
-    for name, arm in result["arms"].items():
-        seconds = sum(stage["cpu_seconds"] for stage_name, stage in arm["stages"].items() if stage_name in MADE)
-        rows.append(_ablation_row(name + _mark(arm["config"]), arm["measured"], arm["epsilon"], f"{seconds:.0f}"))
-    for name, found in result["arms"]["the whole method"]["baselines"].items():
-        rows.append(
-            _ablation_row(
-                f"all but the {BASELINES[name]}, which takes all of epsilon",
-                found,
-                result["arms"]["the whole method"]["epsilon"],
-                "-",
-            )
-        )
+    columns = ("preset", "left out", "accuracy", "Frechet distance", "epsilon", "seconds of processor")
+    rows = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    for path in sorted((HERE / "results" / "ablation").glob("*.json")):
+        result = json.loads(path.read_text())
+        whole = result["arms"]["the whole method"]
+        for name, arm in result["arms"].items():
+            seconds = sum(stage["cpu_seconds"] for stage_name, stage in arm["stages"].items() if stage_name in MADE)
+            label = result["preset"] + _mark(arm["config"])
+            rows.append(_ablation_row(label, name, arm["measured"], arm["epsilon"], f"{seconds:.0f}"))
+        for name, found in whole["baselines"].items():
+            left = f"all but the {BASELINES[name]}, which takes all of epsilon"
+            rows.append(_ablation_row(result["preset"], left, found, whole["epsilon"], "-"))
     return "\n".join(rows)
 
 
-def _ablation_row(name: str, measured: dict, epsilon: float, seconds: str) -> str:
+def _ablation_row(preset: str, left_out: str, measured: dict, epsilon: float, seconds: str) -> str:
     accuracy, distance = measured["train_on_synthetic_accuracy"]["mean"], measured["fd_real_classifier"]["distance"]
-    return f"| {name} | {100 * accuracy:.1f} | {distance:.3g} | {epsilon:.2f} | {seconds} |"
+    return f"| {preset} | {left_out} | {100 * accuracy:.1f} | {distance:.3g} | {epsilon:.2f} | {seconds} |"
 
 
 def variety_table() -> str:
