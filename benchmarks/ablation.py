@@ -35,7 +35,8 @@ ARMS: dict[str, tuple[str | None, dict]] = {
     "no noise for the decoder": (None, {"autoencoder": {"latent_noise": 0.0}}),
     "no guidance of the samples": (None, {"sampling": {"guidance": 0.0}}),
     "no sharpening of the samples": (None, {"sampling": {"sharpness": 0.0}}),
-    "no teacher: classes as drawn": ("teacher", {}),
+    "no teacher: classes as drawn": ("teacher", {"teacher": {"from_prior": False}}),
+    "no private records for the teacher: samples of the prior teach it": ("teacher", {}),
 }
 
 

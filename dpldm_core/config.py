@@ -100,6 +100,10 @@ class TeacherConfig(Frozen):
         lt=1,
         description="budget share of a first teacher, which names what this one learns from; 0: there is none",
     )
+    from_prior: bool = Field(
+        description="with budget_share 0: a network that learnt from samples of the prior names the classes; free. "
+        "Without it they are those that images were drawn for"
+    )
     dp_sgd: DpSgdConfig
 
 

@@ -86,6 +86,7 @@ def _quick(num_records: int) -> dict[str, Any]:
             "ridge": 1.0,
             "expected_batch_size": _batch(2048, num_records),
             "first_share": 0.0,
+            "from_prior": True,
             "dp_sgd": _dp_sgd(
                 2048, num_records, num_steps=60, max_grad_norm=0.5, learning_rate=60.0, ema_decay=0.9, budget_share=0.15
             ),

@@ -91,7 +91,7 @@ class DiffusionModel(_Artifact):
 
 
 class Teacher(_Artifact):
-    """The label teacher: public. No file where the release has none (noised latents, or no labels)."""
+    """The label teacher: public. No file where a release has none: noised latents, no labels, classes as drawn."""
 
     teacher: FlyteFile | None
     run_id: str

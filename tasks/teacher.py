@@ -17,30 +17,33 @@ if TYPE_CHECKING:
 @dpldm_task(**GPU_TASK)
 def train_teacher(release: Release, data: PrivateData, codec: Codec, model: DiffusionModel) -> HashedTeacher:
     """Learn features from synthetic images, then a head on private ones with DP-SGD, if the plan has it."""
+    from dpldm_core.data.schema import ImageSchema
     from dpldm_core.privacy.calibration import TEACHER
     from dpldm_core.privacy.plan import ReleasePlan
-    from dpldm_core.training.stages import Run, binding_of
+    from dpldm_core.training.stages import Run, binding_of, named_by_prior, teach_from_prior
     from dpldm_core.training.stages import train_teacher as train
     from tasks import _tracking
 
-    plan = ReleasePlan.model_validate_json(release.plan)
+    plan, config = ReleasePlan.model_validate_json(release.plan), release.release_config()
+    schema = ImageSchema.model_validate_json(release.image_schema)
+    paid: list[str] = []
     with _tracking.child_run(release.run_id, TEACHER) as run:
-        if TEACHER not in plan.stages():
-            return Teacher(teacher=None, run_id=run.run_id, events=release.events_of([]), visibility=PUBLIC)
-        private = data.train.download()
-        autoencoder, decoder = Path(codec.autoencoder.download()), Path(codec.decoder.download())
-        denoiser = Path(model.denoiser.download())
-        paid: list[str] = []
+        if TEACHER not in plan.stages() and not named_by_prior(config, schema):
+            return Teacher(teacher=None, run_id=run.run_id, events=release.events_of(paid), visibility=PUBLIC)
+        decoder, denoiser = Path(codec.decoder.download()), Path(model.denoiser.download())
+        if TEACHER in plan.stages():
+            private, autoencoder = data.train.download(), Path(codec.autoencoder.download())
 
-        def key_of(stage: str) -> SecretKey:
-            paid.append(stage)
-            return begin_stage(release, stage, private)
+            def key_of(stage: str) -> SecretKey:
+                paid.append(stage)
+                return begin_stage(release, stage, private)
 
-        resume, save = checkpoint(TEACHER)
-        attempt = Run(work_folder(TEACHER), binding_of(private, release.plan), resume, save)
-        config = release.release_config()
-        path = train(Path(private), autoencoder, decoder, denoiser, config, plan, key_of, attempt)
-        run.stage(plan, paid)
-        run.private_input(release.account)
+            resume, save = checkpoint(TEACHER)
+            attempt = Run(work_folder(TEACHER), binding_of(private, release.plan), resume, save)
+            path = train(Path(private), autoencoder, decoder, denoiser, config, plan, key_of, attempt)
+            run.stage(plan, paid)
+            run.private_input(release.account)
+        else:
+            path = teach_from_prior(decoder, denoiser, config, schema, Run(work_folder(TEACHER)))
         events = release.events_of(paid)
         return Teacher(teacher=FlyteFile(str(path)), run_id=run.run_id, events=events, visibility=PUBLIC)

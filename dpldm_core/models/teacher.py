@@ -1,4 +1,4 @@
-"""Label teachers: classifiers that learn from synthetic images first, and then with DP-SGD from private ones."""
+"""Label teachers: classifiers that learn from synthetic images first, and then, but for one, from private ones."""
 
 from __future__ import annotations
 
@@ -159,6 +159,37 @@ class FineTunedTeacher(LabelTeacher):
         where = device()
         self.to(where)
         return _in_batches(lambda some: self.network.eval().convolved(to_pixels(some, where)), images)
+
+
+class PriorTeacher(LabelTeacher):
+    """A whole network that learnt from samples of the released prior: no private record teaches it.
+
+    A sample of a class's Gaussian is blurred, but hardly ever of another class; what the denoiser makes of one may be
+    (docs/decisions/0023).
+
+    Args:
+        image_shape: (h, w, c).
+        num_classes: Outputs, 2 or more.
+    """
+
+    def __init__(self, image_shape: tuple[int, int, int], num_classes: int) -> None:
+        super().__init__(num_classes)
+        self.network = SmallCnn(image_shape, num_classes).requires_grad_(False).eval()
+        self.head = nn.Identity()
+
+    def take(self, network: SmallCnn, images: np.ndarray) -> None:
+        """Take a trained network."""
+        self.network.load_state_dict(network.state_dict())
+
+    @torch.no_grad()
+    def features(self, images: np.ndarray) -> Tensor:
+        """Logits, float32 [n, num_classes], of uint8 images [n, h, w, c]."""
+        where = device()
+        self.to(where)
+        return _in_batches(lambda some: self.network.eval()(to_pixels(some, where)), images)
+
+    def _probabilities(self, images: np.ndarray, shares: Tensor) -> Tensor:
+        return super()._probabilities(images, torch.ones_like(shares))  # it met as many samples of every class
 
 
 def _in_batches(function: Callable[[np.ndarray], Tensor], images: np.ndarray) -> Tensor:

@@ -74,9 +74,10 @@ def read_public_config(bundle: Path) -> tuple[ReleaseConfig, ImageSchema, float]
         values = json.loads((bundle / CONFIG).read_text())
         extra = {name: values.pop(name) for name in _EXTRA}
         schema = ImageSchema.model_validate(extra["schema"])
-        # Bundles from before decisions 20 and 21 are read as if they had made these choices.
+        # Bundles from before decisions 20, 21 and 23 are read as if they had made these choices.
         values["prior"] = {"covariance_clip_norm": 0.65, "mean_share": 0.2} | values["prior"]
-        values["teacher"] = {"fine_tuned": False, "num_copies": 0, "first_share": 0.0} | values["teacher"]
+        teacher = {"fine_tuned": False, "num_copies": 0, "first_share": 0.0, "from_prior": False}
+        values["teacher"] = teacher | values["teacher"]
         return ReleaseConfig.model_validate(values), schema, float(extra["latent_noise_std"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BundleError(f"{bundle / CONFIG} cannot be read: {error}") from error

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +15,8 @@ from dpldm_core.data.schema import ImageSchema
 from dpldm_core.diffusion.guidance import guide, image_strengths, sharpen
 from dpldm_core.diffusion.sampler import dpm_sampler, sample_noise
 from dpldm_core.diffusion.schedule import sampling_sigmas
-from dpldm_core.models.autoencoder import unwhitening
+from dpldm_core.models.autoencoder import Autoencoder, unwhitening
+from dpldm_core.models.denoiser import Denoiser
 from dpldm_core.threads import map_on_cores, settle_on_cpu
 from dpldm_core.training.building import new_autoencoder, new_denoiser, new_teacher, to_uint8
 from dpldm_core.training.state import load_model
@@ -52,16 +53,7 @@ def sample_images(
     Returns:
         Images uint8 [n, h, w, c] and labels int64 [n].
     """
-    settle_on_cpu()
-    on_gpu = torch.cuda.is_available()
-    device = "cuda" if on_gpu else "cpu"
-    autoencoder, model = new_autoencoder(config, schema), new_denoiser(config, schema, noise_std)
-    load_model(autoencoder.decoder, decoder)
-    load_model(model, denoiser)
-    autoencoder.decoder.eval().to(device)
-    model.eval().to(device)
-    for network in (model.network, autoencoder.decoder.refiner):
-        multiply_in_bfloat16(network)
+    autoencoder, model, device = _load(decoder, denoiser, config, schema, noise_std)
     scale = model.sigma_data / config.diffusion.sigma_data
     settings = config.sampling
     sigmas = scale * sampling_sigmas(settings.num_steps, sigma_min=settings.sigma_min, sigma_max=settings.sigma_max)
@@ -93,13 +85,67 @@ def sample_images(
             latents = model.prior.posterior_sample(latents, noise_std, classes, noise[-2]) @ back.T
         return to_uint8(autoencoder.decoder(latents))
 
-    chunks = [list(indices[start : start + batch_size]) for start in range(0, len(indices), batch_size)]
-    drawn = np.concatenate([draw(chunk) for chunk in chunks] if on_gpu else map_on_cores(draw, chunks))
+    drawn = _in_chunks(draw, indices, batch_size)
     if teacher is None:
         return drawn, np.array(indices, dtype=np.int64) % schema.num_classes
     judge = new_teacher(config, schema)
     load_model(judge, teacher)
     return drawn, judge.classify(drawn, model.prior.shares, num_views=config.teacher.num_views)
+
+
+def sample_prior(
+    decoder: Path,
+    denoiser: Path,
+    config: ReleaseConfig,
+    schema: ImageSchema,
+    indices: Sequence[int],
+    *,
+    batch_size: int = 1000,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Samples of the prior alone, decoded: blurred images, each of the class that it was drawn for.
+
+    Args:
+        decoder: Public model file.
+        denoiser: Public model file, which holds the prior.
+        config: The resolved configuration.
+        schema: Public schema.
+        indices: Which samples, from 0.
+        batch_size: Samples at a time.
+
+    Returns:
+        Images uint8 [n, h, w, c] and labels int64 [n].
+    """
+    autoencoder, model, device = _load(decoder, denoiser, config, schema, 0.0)
+
+    @torch.no_grad()
+    def draw(chunk: Sequence[int]) -> np.ndarray:
+        classes = torch.tensor(chunk, device=device) % schema.num_classes
+        noise = sample_noise(config.seed, chunk, num_draws=1, dim=model.dim).to(device)
+        return to_uint8(autoencoder.decoder(model.prior.sample(noise[0], classes)))
+
+    return _in_chunks(draw, indices, batch_size), np.array(indices, dtype=np.int64) % schema.num_classes
+
+
+def _load(
+    decoder: Path, denoiser: Path, config: ReleaseConfig, schema: ImageSchema, noise_std: float
+) -> tuple[Autoencoder, Denoiser, str]:
+    """The public models of a release, ready to sample, and where."""
+    settle_on_cpu()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    autoencoder, model = new_autoencoder(config, schema), new_denoiser(config, schema, noise_std)
+    load_model(autoencoder.decoder, decoder)
+    load_model(model, denoiser)
+    autoencoder.decoder.eval().to(device)
+    model.eval().to(device)
+    for network in (model.network, autoencoder.decoder.refiner):
+        multiply_in_bfloat16(network)
+    return autoencoder, model, device
+
+
+def _in_chunks(draw: Callable[[Sequence[int]], np.ndarray], indices: Sequence[int], batch_size: int) -> np.ndarray:
+    """What ``draw`` makes of all indices, some at a time: on a CPU a chunk for each core."""
+    chunks = [list(indices[start : start + batch_size]) for start in range(0, len(indices), batch_size)]
+    return np.concatenate([draw(c) for c in chunks] if torch.cuda.is_available() else map_on_cores(draw, chunks))
 
 
 def multiply_in_bfloat16(network: nn.Module) -> None:

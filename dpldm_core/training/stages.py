@@ -35,7 +35,7 @@ from dpldm_core.training.building import new_autoencoder, new_denoiser, new_teac
 from dpldm_core.training.diffusion import pretrain_denoiser, train_denoiser, train_denoiser_on_released
 from dpldm_core.training.prior import fit_released_prior, release_prior
 from dpldm_core.training.private import OnStep, TrainLoop, train_private
-from dpldm_core.training.sampling import sample_images
+from dpldm_core.training.sampling import sample_images, sample_prior
 from dpldm_core.training.state import load_model, load_names, save_model, save_names
 from dpldm_core.training.teacher import deformed_copies, learn_features, train_head
 from dpldm_core.training.units import Units
@@ -279,6 +279,34 @@ def train_teacher(
         labels = names
     path = run.folder / "teacher.safetensors"
     save_model(taught(TEACHER, labels, run), path)
+    return path
+
+
+def named_by_prior(config: ReleaseConfig, schema: ImageSchema) -> bool:
+    """Whether :func:`teach_from_prior` makes the teacher of a release: where no private record teaches one."""
+    unpaid = config.latent_mechanism == "dp_sgd" and config.teacher.dp_sgd.budget_share == 0
+    return unpaid and config.teacher.from_prior and schema.num_classes > 1
+
+
+def teach_from_prior(decoder: Path, denoiser: Path, config: ReleaseConfig, schema: ImageSchema, run: Run) -> Path:
+    """The label teacher of a release whose plan has none: it learns from samples of the prior alone, free of charge.
+
+    Args:
+        decoder: Public model file.
+        denoiser: Public model file.
+        config: The resolved configuration.
+        schema: Public schema.
+        run: Folder.
+
+    Returns:
+        The teacher, a public model file.
+    """
+    others = range(config.num_samples, config.num_samples + config.teacher.num_synthetic)
+    images, labels = sample_prior(decoder, denoiser, config, schema, others)
+    teacher = new_teacher(config, schema)
+    learn_features(teacher, images, labels, config.teacher, seed=config.seed)
+    path = run.folder / "teacher.safetensors"
+    save_model(teacher, path)
     return path
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dpldm_core.config import TeacherConfig
 from dpldm_core.models.classifier import deform, to_pixels, train_classifier
-from dpldm_core.models.teacher import FineTunedTeacher, LabelTeacher, LinearTeacher
+from dpldm_core.models.teacher import FineTunedTeacher, LabelTeacher, LinearTeacher, PriorTeacher
 from dpldm_core.privacy.engine import Batch
 from dpldm_core.privacy.plan import DpSgdPlan
 from dpldm_core.rng import SecretKey
@@ -24,6 +24,8 @@ _BATCH_SIZE = 1000
 def build_teacher(config: TeacherConfig, image_shape: tuple[int, int, int], num_classes: int) -> LabelTeacher:
     """An untrained teacher."""
     with torch.random.fork_rng(devices=[]):
+        if config.dp_sgd.budget_share == 0:
+            return PriorTeacher(image_shape, num_classes)
         if config.fine_tuned:
             return FineTunedTeacher(image_shape, num_classes)
         return LinearTeacher(image_shape, num_classes, num_features=config.num_features, ridge=config.ridge)

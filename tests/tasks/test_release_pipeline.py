@@ -165,9 +165,9 @@ def test_config_file_overrides_single_fields(machine, small_mnist):
 
 def test_stages_with_share_0_are_neither_billed_nor_booked(machine, small_mnist, ledger):
     """The prior alone pays; classes are those that images were drawn for, so there is no teacher in the bundle."""
-    nothing = "{dp_sgd: {budget_share: 0}}"
-    shares = f"autoencoder: {nothing}\nprior: {{budget_share: 1}}\ndiffusion: {nothing}\nteacher: {nothing}\n"
-    (machine / "c.yaml").write_text(shares)
+    nothing = "dp_sgd: {budget_share: 0}"
+    shares = f"autoencoder: {{{nothing}}}\nprior: {{budget_share: 1}}\ndiffusion: {{{nothing}}}\n"
+    (machine / "c.yaml").write_text(f"{shares}teacher: {{{nothing}, from_prior: false}}\n")
     result = release(small_mnist, config=str(machine / "c.yaml"))
     bundle = machine / "releases" / result.release_id
     found = verify_bundle(bundle, strict=True)
@@ -176,6 +176,18 @@ def test_stages_with_share_0_are_neither_billed_nor_booked(machine, small_mnist,
     assert list(entry.stages) == PRIOR and entry.state == "published"
     assert {p.stem for p in (bundle / "model").iterdir()} == {"decoder", "denoiser"}
     assert read_synthetic(bundle)[1].tolist() == list(range(10)) * 4
+    assert verify_bundle(resample_pipeline(bundle=result.bundle, num_samples=10).bundle).num_samples == 10
+
+
+def test_samples_of_the_prior_teach_names_that_cost_nothing(machine, small_mnist, ledger):
+    (machine / "c.yaml").write_text("prior: {budget_share: 0.65}\nteacher: {dp_sgd: {budget_share: 0}}\n")
+    result = release(small_mnist, config=str(machine / "c.yaml"))
+    bundle = machine / "releases" / result.release_id
+    found = verify_bundle(bundle, strict=True)
+    assert [e.stage for e in found.report.events] == STAGES[:-1] and 4.95 <= result.epsilon <= 5.0
+    [entry] = ledger.books().entries.values()
+    assert "train_teacher" not in entry.stages and entry.state == "published"
+    assert {p.stem for p in (bundle / "model").iterdir()} == {"decoder", "denoiser", "teacher"}
     assert verify_bundle(resample_pipeline(bundle=result.bundle, num_samples=10).bundle).num_samples == 10
 
 

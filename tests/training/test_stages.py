@@ -82,6 +82,10 @@ def draw(trained, indices, **options):
     )
 
 
+def with_teacher(config, **values):
+    return config.model_copy(update={"teacher": config.teacher.model_copy(update=values)})
+
+
 def sampled(config, **values):
     return config.model_copy(update={"sampling": config.sampling.model_copy(update=values)})
 
@@ -199,6 +203,47 @@ def test_the_teacher_learns_its_features_from_other_samples_than_are_published(t
     stored = load_file(trained["teacher"])
     for name, value in network.state_dict().items():
         assert torch.allclose(stored[f"network.{name}"].float(), value.float(), atol=1e-4), name
+
+
+def test_samples_of_the_prior_alone_teach_where_no_private_record_does(trained, tmp_path):
+    values = trained["config"].model_dump()
+    values["teacher"]["dp_sgd"]["budget_share"] = 0.0
+    config = type(trained["config"]).model_validate(values)
+    schema, files = trained["schema"], (trained["decoder"], trained["denoiser"])
+    assert stages.named_by_prior(config, schema)
+    for other in (trained["config"], with_teacher(config, from_prior=False)):
+        assert not stages.named_by_prior(other, schema)
+    assert not stages.named_by_prior(config.model_copy(update={"latent_mechanism": "noised_latents"}), schema)
+    assert not stages.named_by_prior(config, schema.model_copy(update={"class_names": ("all",)}))
+
+    with mock.patch.object(stages, "read_records", side_effect=AssertionError("no private record is read")):
+        teacher = stages.teach_from_prior(*files, config, schema, stages.Run(tmp_path))
+    others = range(config.num_samples, config.num_samples + config.teacher.num_synthetic)
+    images, labels = sampling.sample_prior(*files, config, schema, others)
+    assert labels.tolist() == [i % 3 for i in others] and images.shape[1:] == (8, 8, 1)
+    network = train_classifier(images, labels, num_classes=3, num_epochs=1, seed=config.seed)
+    stored = load_file(teacher)
+    for name, value in network.state_dict().items():
+        assert torch.allclose(stored[f"network.{name}"].float(), value.float(), atol=1e-4), name
+    drawn, named = draw(trained | {"config": config}, range(60), teacher=teacher)
+    judge = building.new_teacher(config, schema)
+    load_model(judge, teacher)
+    assert np.array_equal(named, judge.classify(drawn, torch.ones(3), num_views=config.teacher.num_views))
+
+
+def test_samples_of_the_prior_have_its_means(trained):
+    """What the decoder makes of a mean is what its samples are scattered around: the prior, and no denoiser."""
+    codec = building.new_autoencoder(trained["config"], trained["schema"])
+    load_model(codec.decoder, trained["decoder"])
+    images, labels = sampling.sample_prior(
+        trained["decoder"], trained["denoiser"], trained["config"], trained["schema"], range(600)
+    )
+    with torch.no_grad():
+        latents = codec.encoder(building.to_tensor(images))
+    means = load_file(trained["denoiser"])["prior.means"]
+    found = torch.stack([latents[labels == c].mean(0) for c in range(3)])
+    nearest = torch.cdist(found.flatten(1), means.flatten(1)).argmin(1)
+    assert nearest.tolist() == [0, 1, 2]
 
 
 @pytest.fixture(scope="module")

@@ -36,6 +36,7 @@ CONFIG = TeacherConfig.model_validate(
         "ridge": 1.0,
         "expected_batch_size": 200,
         "first_share": 0.0,
+        "from_prior": True,
         "dp_sgd": {
             "sample_rate": 0.5,
             "num_steps": STEPS,
@@ -49,6 +50,9 @@ CONFIG = TeacherConfig.model_validate(
 TUNED = CONFIG.model_copy(
     update={"fine_tuned": True, "dp_sgd": CONFIG.dp_sgd.model_copy(update={"learning_rate": 0.01})}
 )
+
+
+FREE = CONFIG.model_copy(update={"num_epochs": 3, "dp_sgd": CONFIG.dp_sgd.model_copy(update={"budget_share": 0.0})})
 
 
 def plan_of(sigma=1.0):
@@ -98,6 +102,19 @@ def test_noise_that_drowns_the_gradients_teaches_nothing(either):
     config, teacher, images, units = either
     train_head(teacher, units, plan_of(sigma=3000.0), KEY, config, **LOOP)
     assert accuracy(teacher, images, units) < 0.7
+
+
+def test_a_teacher_that_no_record_teaches_says_what_its_network_says_whatever_the_shares():
+    images, labels = drawings(200)
+    teacher = build_teacher(FREE, images.shape[1:], 3)
+    learn_features(teacher, images, labels, FREE, seed=5)
+    network = train_classifier(images, labels, num_classes=3, num_epochs=3, seed=5)
+    with torch.no_grad():
+        expected = network(torch.from_numpy(images).permute(0, 3, 1, 2)).argmax(1).numpy()
+    assert not list(teacher.head.parameters()), "nothing that private steps could move"
+    for shares in (ALIKE, torch.tensor([0.98, 0.01, 0.01])):
+        assert np.array_equal(teacher.classify(images, shares), expected)
+    assert (expected == labels).mean() > 0.7, "of three classes"
 
 
 def test_a_fine_tuned_network_starts_from_what_synthetic_images_taught_it(setting):
