@@ -114,7 +114,8 @@ Method Based on Latent Diffusion Model*, Computer Science 51(3)). An autoencoder
 2016), the private images are encoded, and a diffusion model (Karras et al., 2022) is trained on the latents, again with
 DP-SGD. New latents are drawn from the diffusion model and decoded. Where the table above has the stage
 `train_teacher`, a classifier names the class of each: such images taught it first, and private ones then taught its
-last layers, with DP-SGD; where it has `train_first_teacher`, one like it named the images that taught it. Each stage
+last layers, with DP-SGD; where it has `train_first_teacher`, one like it named the images that taught it. Without these
+a classifier that learnt from samples of released Gaussians alone names them, if `model/` has one. Each stage
 adds secret noise to what it learns; one that the table does not have learns nothing from private images. Images are
 drawn for all classes alike, whatever the shares of these among the private images; `model/denoiser.safetensors` holds
 the shares as one of the stages above measured them, with its noise.""",
