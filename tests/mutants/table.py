@@ -402,8 +402,8 @@ MUTANTS = (
         "the_teachers_features_are_learnt_from_private_images",
         "a second un-noised optimiser",
         STAGES,
-        "    learn_features(teacher, images, labels, config.teacher, seed=config.seed)\n",
-        "    learn_features(teacher, records.images, records.labels, config.teacher, seed=config.seed)\n",
+        "        learn_features(teacher, images, labels, config.teacher, seed=config.seed)\n",
+        "        learn_features(teacher, records.images, records.labels, config.teacher, seed=config.seed)\n",
         (f"{T_TRAINED}the_teacher_learns_its_features_from_other_samples_than_are_published",),
     ),
     Mutant(
