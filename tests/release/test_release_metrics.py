@@ -190,6 +190,9 @@ def test_bundles_from_before_the_choice_are_sampled_again(tmp_path):
     del values["teacher"]["fine_tuned"], values["teacher"]["num_copies"], values["teacher"]["first_share"]
     (tmp_path / CONFIG).write_text(json.dumps(values))
     assert read_public_config(tmp_path)[0] == config
+    del values["teacher"]["from_prior"]
+    (tmp_path / CONFIG).write_text(json.dumps(values))
+    assert not read_public_config(tmp_path)[0].teacher.from_prior, "classes were as drawn"
     (tmp_path / CONFIG).write_text(json.dumps(values | {"evaluation": 3}))
     with pytest.raises(BundleError, match="cannot be read"):
         read_public_config(tmp_path)
