@@ -2,7 +2,7 @@
 
 The same release again and again, each time without one part; the budget of a part that is left out goes to the others.
 Accuracy, distance, epsilon and seconds of every arm, measured as in benchmarks/quality.py, one release each.
---arms runs some of them; --whole takes the whole method from a result file of benchmarks/quality.py.
+--arms runs some of them, and the whole method always.
 """
 
 from __future__ import annotations
@@ -53,22 +53,12 @@ def overrides(left_out: str | None, fields: dict, defaults: dict) -> dict:
     return merge(found, fields)
 
 
-def whole_of(file: Path, defaults: dict) -> dict:
-    """The arm that leaves nothing out, from a result of benchmarks/quality.py with the same settings."""
-    found = json.loads(file.read_text())
-    config = json.loads(json.dumps(defaults))
-    if differs := sorted(name for name, value in config.items() if found["config"].get(name) != value):
-        raise SystemExit(f"--whole {file} is of another release: {', '.join(differs)}")
-    return found | {"baselines": {"one_shot_prior": found["baselines"]["one_shot_prior"]}}
-
-
 def main() -> None:
     """Run every arm and write the result file after each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
     parser.set_defaults(dataset="mnist", epsilon=1.0)
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="default: all")
-    parser.add_argument("--whole", type=Path, help=f"result file of benchmarks/quality.py that is {WHOLE!r}")
     parser.add_argument("--json", action="store_true", help="print the result last")
     arguments = parser.parse_args()
     if arguments.config:
@@ -76,15 +66,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         defaults = request_of(arguments, Path(folder)).config.model_dump()
     result: dict = {"dataset": arguments.dataset, "preset": arguments.preset, "arms": {}}
-    if arguments.whole:
-        whole = whole_of(arguments.whole, defaults)
-        result["arms"][WHOLE] = {key: whole[key] for key in KEPT}
     real = load_dataset(arguments.dataset, data_root=arguments.data_root, cache_dir=None, num_classes=None).train
     classes, epochs = real.schema.num_classes, defaults["evaluation"]["num_epochs"]
     judge = train_classifier(real.images, real.labels, num_classes=classes, num_epochs=epochs, seed=FIRST_SEED)
     RESULTS.mkdir(exist_ok=True)
     file = RESULTS / f"{arguments.dataset}-eps{arguments.epsilon:g}-{arguments.preset}.json"
-    for name in (arm for arm in ARMS if arm in arguments.arms and arm not in result["arms"]):
+    for name in (arm for arm in ARMS if arm in (WHOLE, *arguments.arms)):
         left_out, fields = ARMS[name]
         print(name, flush=True)
         with tempfile.TemporaryDirectory() as folder:
