@@ -23,16 +23,17 @@ class LabelTeacher(nn.Module, ABC):
     """Names the class of an image: fixed features, and a head behind them, which alone ever meets private data.
 
     Args:
+        image_shape: (h, w, c).
         num_classes: Outputs, 2 or more.
     """
 
     head: nn.Module
 
-    def __init__(self, num_classes: int) -> None:
+    def __init__(self, image_shape: tuple[int, int, int], num_classes: int) -> None:
         super().__init__()
         self.num_classes = num_classes
+        self.network = SmallCnn(image_shape, num_classes).requires_grad_(False).eval()
 
-    @abstractmethod
     def take(self, network: SmallCnn, images: np.ndarray) -> None:
         """Start from a trained network.
 
@@ -40,6 +41,7 @@ class LabelTeacher(nn.Module, ABC):
             network: Trained on synthetic images.
             images: Synthetic, uint8 [n, h, w, c].
         """
+        self.network.load_state_dict(network.state_dict())
 
     @abstractmethod
     def features(self, images: np.ndarray) -> Tensor:
@@ -75,6 +77,12 @@ class LabelTeacher(nn.Module, ABC):
         logits = _in_batches(lambda some: self.head(self.features(some)), images)
         return (logits - shares.to(logits).log()).softmax(1).cpu()
 
+    def _through(self, layers: Callable[[Tensor], Tensor], images: np.ndarray) -> Tensor:
+        where = device()
+        self.to(where)
+        self.network.eval()
+        return _in_batches(lambda some: layers(to_pixels(some, where)), images)
+
 
 class LinearTeacher(LabelTeacher):
     """A linear head on a few scaled features (after Tramer and Boneh 2021: few weights need little privacy budget).
@@ -92,9 +100,8 @@ class LinearTeacher(LabelTeacher):
     constant: Tensor
 
     def __init__(self, image_shape: tuple[int, int, int], num_classes: int, *, num_features: int, ridge: float) -> None:
-        super().__init__(num_classes)
+        super().__init__(image_shape, num_classes)
         self.ridge = ridge
-        self.network = SmallCnn(image_shape, num_classes).requires_grad_(False).eval()
         hidden = self.network.num_hidden
         self.register_buffer("mean", torch.zeros(hidden))
         self.register_buffer("scale", torch.ones(hidden))
@@ -106,7 +113,7 @@ class LinearTeacher(LabelTeacher):
     @torch.no_grad()
     def take(self, network: SmallCnn, images: np.ndarray) -> None:
         """Take a trained network, and the principal directions of its hidden layers on synthetic images."""
-        self.network.load_state_dict(network.state_dict())
+        super().take(network, images)
         hidden = self._hidden(images).double()
         deviation = hidden.std(0)
         mean, scale = hidden.mean(0), 1 / (deviation + _SCALE_FLOOR * deviation.max())
@@ -128,9 +135,7 @@ class LinearTeacher(LabelTeacher):
         return nn.functional.normalize(found, dim=1)
 
     def _hidden(self, images: np.ndarray) -> Tensor:
-        where = device()
-        self.to(where)
-        return _in_batches(lambda some: self.network.eval().hidden(to_pixels(some, where)), images)
+        return self._through(self.network.hidden, images)
 
 
 class FineTunedTeacher(LabelTeacher):
@@ -144,21 +149,18 @@ class FineTunedTeacher(LabelTeacher):
     """
 
     def __init__(self, image_shape: tuple[int, int, int], num_classes: int) -> None:
-        super().__init__(num_classes)
-        self.network = SmallCnn(image_shape, num_classes).requires_grad_(False).eval()
+        super().__init__(image_shape, num_classes)
         self.head = self.network.dense().requires_grad_(True)
 
     def take(self, network: SmallCnn, images: np.ndarray) -> None:
-        """Take a trained network."""
-        self.network.load_state_dict(network.state_dict())
+        """Take a trained network, whose dense layers become the head."""
+        super().take(network, images)
         self.head = self.network.dense().requires_grad_(True)
 
     @torch.no_grad()
     def features(self, images: np.ndarray) -> Tensor:
         """What the convolutions find, float32 [n, .], of uint8 images [n, h, w, c]."""
-        where = device()
-        self.to(where)
-        return _in_batches(lambda some: self.network.eval().convolved(to_pixels(some, where)), images)
+        return self._through(self.network.convolved, images)
 
 
 class PriorTeacher(LabelTeacher):
@@ -173,20 +175,13 @@ class PriorTeacher(LabelTeacher):
     """
 
     def __init__(self, image_shape: tuple[int, int, int], num_classes: int) -> None:
-        super().__init__(num_classes)
-        self.network = SmallCnn(image_shape, num_classes).requires_grad_(False).eval()
+        super().__init__(image_shape, num_classes)
         self.head = nn.Identity()
-
-    def take(self, network: SmallCnn, images: np.ndarray) -> None:
-        """Take a trained network."""
-        self.network.load_state_dict(network.state_dict())
 
     @torch.no_grad()
     def features(self, images: np.ndarray) -> Tensor:
         """Logits, float32 [n, num_classes], of uint8 images [n, h, w, c]."""
-        where = device()
-        self.to(where)
-        return _in_batches(lambda some: self.network.eval()(to_pixels(some, where)), images)
+        return self._through(self.network, images)
 
     def _probabilities(self, images: np.ndarray, shares: Tensor) -> Tensor:
         return super()._probabilities(images, torch.ones_like(shares))  # it met as many samples of every class
