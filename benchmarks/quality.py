@@ -118,7 +118,7 @@ def train_models(
         if TEACHER in plan.stages():
             files = train, autoencoder, decoder, denoiser
             models["teacher"] = stages.train_teacher(*files, config, plan, keys.__getitem__, run)
-        elif stages.named_by_prior(config, decision.schema):
+        elif config.named_by_prior(decision.schema.num_classes):
             models["teacher"] = stages.teach_from_prior(decoder, denoiser, config, decision.schema, run)
     return models, noise_std
 

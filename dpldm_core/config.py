@@ -192,3 +192,8 @@ class ReleaseConfig(Frozen):
     sampling: SamplingConfig
     evaluation: EvaluationConfig
     performance: PerformanceConfig
+
+    def named_by_prior(self, num_classes: int) -> bool:
+        """Whether samples of the prior make the teacher of a release: where no private record teaches one."""
+        unpaid = self.latent_mechanism == "dp_sgd" and self.teacher.dp_sgd.budget_share == 0
+        return unpaid and self.teacher.from_prior and num_classes > 1

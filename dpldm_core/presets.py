@@ -18,6 +18,15 @@ from dpldm_core.overrides import explain, merge
 # Assumed when own data comes without a declared num_records: it moves speed and quality, never the guarantee.
 REFERENCE_RECORDS = 4_000
 MECHANISMS = ("dp_sgd", "noised_latents")
+_INPUTS = {
+    "dataset",
+    "epsilon",
+    "delta",
+    "preset",
+    "latent_mechanism",
+    "num_samples",
+    "publish_metrics",
+}  # checked alone
 _MOST = 0.5  # largest sample rate
 _FEW = 5_000  # records up to which preset quick takes half as long (docs/research.md)
 _TEACHABLE = 20_000.0  # records times epsilon; with less, a teacher names worse than the prior draws (decision 18)
@@ -272,6 +281,8 @@ def resolve_config(
         ConfigError: A value out of range or an unknown name, with the nearest valid one.
     """
     overrides = dict(overrides or {})
+    if taken := sorted(_INPUTS & set(overrides)):
+        raise ConfigError(f"config: {', '.join(taken)} cannot stand in the file. Give --{' --'.join(taken)} instead")
     if not (math.isfinite(epsilon) and epsilon > 0):
         raise ConfigError(f"epsilon={epsilon} must be a finite number above 0; 1 is strong, 10 is common")
     if not 0 < delta < 1:

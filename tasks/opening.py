@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 from flytekit.types.error import FlyteError
@@ -67,6 +68,7 @@ def open_release(
             config_digest=request.config.digest(),
             cohort=request.cohort,
         )
+        request = replace(request, release_id=entry.release_id)  # the name that an attempt before this one reserved
         decision = decide(request, data_root=data_root(), cache_dir=download_folder())
         ledger.bind_plan(entry.entry_id, decision.plan)
     except Exception:

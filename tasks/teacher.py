@@ -20,7 +20,7 @@ def train_teacher(release: Release, data: PrivateData, codec: Codec, model: Diff
     from dpldm_core.data.schema import ImageSchema
     from dpldm_core.privacy.calibration import TEACHER
     from dpldm_core.privacy.plan import ReleasePlan
-    from dpldm_core.training.stages import Run, binding_of, named_by_prior, teach_from_prior
+    from dpldm_core.training.stages import Run, binding_of, teach_from_prior
     from dpldm_core.training.stages import train_teacher as train
     from tasks import _tracking
 
@@ -28,7 +28,7 @@ def train_teacher(release: Release, data: PrivateData, codec: Codec, model: Diff
     schema = ImageSchema.model_validate_json(release.image_schema)
     paid: list[str] = []
     with _tracking.child_run(release.run_id, TEACHER) as run:
-        if TEACHER not in plan.stages() and not named_by_prior(config, schema):
+        if TEACHER not in plan.stages() and not config.named_by_prior(schema.num_classes):
             return Teacher(teacher=None, run_id=run.run_id, events=release.events_of(paid), visibility=PUBLIC)
         decoder, denoiser = Path(codec.decoder.download()), Path(model.denoiser.download())
         if TEACHER in plan.stages():

@@ -141,3 +141,21 @@ def test_override_files(tmp_path, name):
     (tmp_path / name).write_text("{")
     with pytest.raises(ConfigError, match=name.replace(".", r"\.")):
         load_overrides(str(tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("dataset", "scans.npz"),
+        ("epsilon", 100.0),
+        ("delta", 0.5),
+        ("preset", "cpu"),
+        ("latent_mechanism", "noised_latents"),
+        ("num_samples", 5),
+        ("publish_metrics", True),
+    ],
+)
+def test_what_the_request_was_checked_by_cannot_stand_in_the_file(name, value):
+    """Else a file could put own data on the account of a public set, which has no cap."""
+    with pytest.raises(ConfigError, match=f"{name} cannot stand in the file. Give --{name} instead"):
+        resolve(overrides={"seed": 1, name: value})

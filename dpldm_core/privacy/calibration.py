@@ -57,9 +57,14 @@ def plan_release(config: ReleaseConfig, *, num_classes: int, latent_dim: int, gr
         target_epsilon=config.epsilon,
         delta=config.delta,
         relation=relation_of(config.latent_mechanism),
-        unit_of_privacy=f"one person (at most {config.max_records_per_group} records)" if grouped else "one record",
+        unit_of_privacy=unit_of_privacy(config, grouped=grouped),
         num_records=config.num_records,
     )
+
+
+def unit_of_privacy(config: ReleaseConfig, *, grouped: bool) -> str:
+    """What one unit is, in words."""
+    return f"one person (at most {config.max_records_per_group} records)" if grouped else "one record"
 
 
 def private_mechanisms(

@@ -18,6 +18,7 @@ from dpldm_core.presets import check_delta, resolve_config
 from dpldm_core.privacy.calibration import MEANS, plan_release, relation_of
 from dpldm_core.privacy.plan import DpSgdPlan, LabelPlan, ReleasePlan, check_expected_batch
 from dpldm_core.release.bundle import check_target
+from dpldm_core.storage import is_remote, local_path
 
 MIN_EXPECTED_BATCH = 16
 
@@ -127,6 +128,8 @@ def check_request(
     names = {key: str(overrides.pop(key, "") or "") for key in ("release_id", "account", "cohort")}
     if isinstance(overrides.get("audit"), str):
         overrides["audit"] = read_audit_note(overrides["audit"], preset)
+    elif overrides.get("audit") is not None:
+        raise ConfigError(f"audit={overrides['audit']!r} must be the path of an audit's result file")
     if not (math.isfinite(budget_epsilon) and budget_epsilon >= 0):
         raise ConfigError(f"budget_epsilon={budget_epsilon} must be 0 (the default cap) or a finite number above 0")
     built_in = BUILTIN_DATASETS.get(dataset)
@@ -257,10 +260,17 @@ def read_audit_note(path: str, preset: str) -> dict[str, Any]:
 
 
 def account_name(dataset: str) -> str:
-    """Ledger account of a data set: a built-in's name, else its full path or URI."""
-    if dataset in BUILTIN_DATASETS or "://" in dataset:
+    """Ledger account of a data set: a built-in's name, else its full path or URI, the same however it is spelled.
+
+    >>> account_name("s3a://scans//2024/"), account_name("file:///scans/2024") == account_name("/scans/./2024")
+    ('s3://scans/2024', True)
+    """
+    if dataset in BUILTIN_DATASETS:
         return dataset
-    return str(Path(dataset).resolve())
+    if not is_remote(dataset):
+        return str(local_path(dataset).resolve())
+    scheme, _, rest = dataset.partition("://")
+    return f"{'s3' if scheme == 's3a' else scheme}://{'/'.join(part for part in rest.split('/') if part)}"
 
 
 def public_name(dataset: str) -> str:

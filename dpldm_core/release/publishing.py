@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import secrets
 from collections.abc import Mapping, Sequence
@@ -17,7 +16,7 @@ from dpldm_core.errors import ConfigError
 from dpldm_core.privacy.plan import ReleasePlan
 from dpldm_core.privacy.report import PrivacyReport, build_report
 from dpldm_core.provenance import software
-from dpldm_core.release.bundle import MANIFEST, REPORT, check_target, local_copy, write_bundle
+from dpldm_core.release.bundle import REPORT, check_target, local_copy, write_bundle
 from dpldm_core.release.card import render_card
 from dpldm_core.release.figures import samples_grid_png
 from dpldm_core.release.metrics import ReleasedMetrics
@@ -38,7 +37,7 @@ class Publication:
         bundle: Path or URI.
         report: Its privacy report.
         dataset: Public name of the data.
-        digest: SHA-256 of its manifest.
+        digest: The manifest_sha256 that ``verify`` prints.
         samples_png: Its picture.
         model_folder: Folder with the public model files; None for a bundle of another release's model.
         metrics: The accuracy that the release paid for; None when it did not.
@@ -235,9 +234,7 @@ def _publish(
         samples_png=picture,
         metrics=metrics.model_dump(mode="json") if metrics else None,
     )
-    verify_bundle(bundle)
-    with local_copy(bundle) as folder:
-        digest = hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()
+    digest = verify_bundle(bundle).manifest_sha256
     folder = work / "model"
     if registered:
         folder.mkdir()

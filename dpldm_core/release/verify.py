@@ -20,8 +20,9 @@ from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 
 from dpldm_core.errors import AccountingError, BundleError, ConfigError
+from dpldm_core.presets import check_delta
 from dpldm_core.privacy.accounting import accountant_versions, event_to_json
-from dpldm_core.privacy.calibration import COVARIANCES, MEANS, private_mechanisms
+from dpldm_core.privacy.calibration import COVARIANCES, MEANS, TEACHER, private_mechanisms, unit_of_privacy
 from dpldm_core.privacy.calibration import METRICS as METRICS_STAGE
 from dpldm_core.privacy.report import PrivacyReport, recompute
 from dpldm_core.release import bundle
@@ -33,6 +34,7 @@ from dpldm_core.release.synthetic import count_synthetic, read_synthetic
 TOLERANCE = 1e-6  # of a stored epsilon: room for another machine's floating point, not for another promise
 _NOISE = {"noise_multiplier", "noise_parameter"}  # fields of events that calibration decides, not config.json
 _ONE_SUM = "latent_prior"  # the stage of MEANS and COVARIANCES in bundles from before decision 21
+_TWO_SUMS = {"mean_share", "covariance_clip_norm"}  # settings of the prior that such bundles do not have
 _MODEL = re.compile(r"model/[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors")
 
 
@@ -71,7 +73,7 @@ def verify_bundle(path: str | Path, *, strict: bool = False) -> VerifiedBundle:
         if report is not None:
             _check_agreement(folder, manifest, config, report, problems)
             if config:
-                _check_mechanisms(folder, report, problems)
+                _check_mechanisms(folder, config, report, intact, problems)
             _check_metrics(folder, manifest, config, report, problems)
         _check_images(folder, intact, config, strict, problems)
         _check_models(folder, intact, problems)
@@ -114,7 +116,15 @@ def _check_files(folder: Path, manifest: dict[str, Any], problems: list[str]) ->
     present = {p.relative_to(folder).as_posix(): p for p in folder.rglob("*") if p.is_symlink() or not p.is_dir()}
     present.pop(MANIFEST, None)
     parts = [name for name in listed if name.startswith("synthetic/")]
-    required = {CONFIG, REPORT, CARD, SAMPLES, *(bundle.part_name(i, len(parts)) for i in range(max(1, len(parts))))}
+    models = {f"model/{name}.safetensors" for name in ("decoder", "denoiser")}
+    required = {
+        CONFIG,
+        REPORT,
+        CARD,
+        SAMPLES,
+        *models,
+        *(bundle.part_name(i, len(parts)) for i in range(max(1, len(parts)))),
+    }
     problems += [f"{name} is missing" for name in sorted((set(listed) | required) - set(present))]
     problems += [f"{name} is not listed in {MANIFEST}" for name in sorted(set(present) - set(listed))]
     problems += [
@@ -181,17 +191,24 @@ def _check_agreement(
         problems.append(f"{CARD} cannot be read: {error}")
 
 
-def _check_mechanisms(folder: Path, report: PrivacyReport, problems: list[str]) -> None:
-    """The events are those of config.json: its stages, their rates, steps and labels. Noise is left to the epsilons."""
+def _check_mechanisms(
+    folder: Path, stored: dict[str, Any], report: PrivacyReport, intact: set[str], problems: list[str]
+) -> None:
+    """The events are those of config.json: its stages, their rates, steps and labels. Noise is left to the epsilons.
+
+    So are the unit, delta and the models.
+    """
     try:
         config, schema, _ = read_public_config(folder)
         planned = private_mechanisms(config, num_classes=schema.num_classes, latent_dim=1, grouped=schema.grouped)
+        if config.num_records is not None:
+            check_delta(config.delta, config.num_records)
     except (BundleError, ConfigError, ArithmeticError) as error:
         problems.append(f"{CONFIG}: {error}")
         return
     expected = {plan.stage: _without_noise(event_to_json(plan.event())) for plan, _ in planned}
     stated = [(e.stage, _without_noise(e.event)) for e in report.events]
-    if _ONE_SUM in dict(stated) and MEANS in expected:
+    if _ONE_SUM in dict(stated) and MEANS in expected and not _TWO_SUMS & set(stored["prior"]):
         expected[_ONE_SUM] = expected.pop(MEANS)
         del expected[COVARIANCES]
     problems += [
@@ -204,6 +221,13 @@ def _check_mechanisms(folder: Path, report: PrivacyReport, problems: list[str]) 
         for stage in expected
         if (billed := sum(stage == other for other, _ in stated)) != 1
     ]
+    unit = unit_of_privacy(config, grouped=schema.grouped)
+    if report.unit_of_privacy != unit:
+        problems.append(f"{REPORT}: one unit is {report.unit_of_privacy!r}, but by {CONFIG} it is {unit!r}")
+    named = TEACHER in expected or config.named_by_prior(schema.num_classes)
+    known = {f"model/{name}.safetensors" for name in ("decoder", "denoiser", *["teacher"] * named)}
+    found = {name for name in intact if name.startswith("model/")}
+    problems += [f"{name} is no model of this release: no stage of {CONFIG} makes it" for name in sorted(found - known)]
 
 
 def _without_noise(event: dict[str, Any]) -> dict[str, Any]:
@@ -239,6 +263,12 @@ def _check_metrics(
     except ValidationError as error:
         problems += [f"{METRICS}: {'.'.join(map(str, e['loc']))} {e['msg']}".strip() for e in error.errors()]
         return
+    schema = config.get("schema")
+    most = config.get("max_records_per_group") if isinstance(schema, dict) and schema.get("grouped") else 1
+    if found.max_records_per_unit != most:
+        problems.append(
+            f"{METRICS}: its noise hides {found.max_records_per_unit} records of a unit, {CONFIG} has {most}"
+        )
     if found.stage != METRICS_STAGE or [found.noise_multiplier] != [e.get("noise_multiplier") for e in paid]:
         problems.append(f"{METRICS}: its noise is not that of stage {METRICS_STAGE!r} in {REPORT}")
     try:

@@ -282,12 +282,6 @@ def train_teacher(
     return path
 
 
-def named_by_prior(config: ReleaseConfig, schema: ImageSchema) -> bool:
-    """Whether :func:`teach_from_prior` makes the teacher of a release: where no private record teaches one."""
-    unpaid = config.latent_mechanism == "dp_sgd" and config.teacher.dp_sgd.budget_share == 0
-    return unpaid and config.teacher.from_prior and schema.num_classes > 1
-
-
 def teach_from_prior(decoder: Path, denoiser: Path, config: ReleaseConfig, schema: ImageSchema, run: Run) -> Path:
     """The label teacher of a release whose plan has none: it learns from samples of the prior alone, free of charge.
 

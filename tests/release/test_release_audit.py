@@ -74,9 +74,12 @@ def test_result_that_may_not_be_shown_is_refused(tmp_path, changes, message):
         request(tmp_path, **changes)
 
 
-def test_other_file_is_refused(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"audit": str(tmp_path / "config.json")}))
-    with pytest.raises(ConfigError, match="is not the result of an audit"):
+@pytest.mark.parametrize("inline", [False, True])
+def test_other_file_is_refused(tmp_path, inline):
+    audit = RESULT if inline else str(tmp_path / "config.json")
+    (tmp_path / "config.json").write_text(json.dumps({"audit": audit}))
+    message = "must be the path of an audit's result" if inline else "is not the result of an audit"
+    with pytest.raises(ConfigError, match=message):
         check_request(
             dataset="mnist",
             epsilon=1.0,

@@ -196,3 +196,8 @@ def test_bundles_from_before_the_choice_are_sampled_again(tmp_path):
     (tmp_path / CONFIG).write_text(json.dumps(values | {"evaluation": 3}))
     with pytest.raises(BundleError, match="cannot be read"):
         read_public_config(tmp_path)
+
+
+def test_counts_whose_noise_hides_fewer_records_than_a_person_has_are_refused(honest, rewrite):
+    rewrite(honest, CONFIG, lambda c: c["schema"].update(grouped=True))
+    assert "its noise hides 1 records of a unit, config.json has 4" in problems(honest)

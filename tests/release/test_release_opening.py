@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dpldm_core.errors import ConfigError
-from dpldm_core.release.opening import check_request, decide
+from dpldm_core.release.opening import account_name, check_request, decide
 
 
 def decision(tmp_path, num_images, epsilon, preset="quick"):
@@ -41,3 +41,20 @@ def test_an_epsilon_that_drowns_the_data_is_refused_with_what_would_do(tmp_path)
 
 def test_two_steps_for_a_test_are_never_refused_for_their_noise(tmp_path):
     assert decision(tmp_path, 600, 0.2, preset="smoke")
+
+
+@pytest.mark.parametrize(
+    ("spelling", "account"),
+    [
+        ("mnist", "mnist"),
+        ("/scans/a.npz", "/scans/a.npz"),
+        ("/scans/./b/../a.npz", "/scans/a.npz"),
+        ("file:///scans/a.npz", "/scans/a.npz"),
+        ("s3://scans/a", "s3://scans/a"),
+        ("s3://scans/a/", "s3://scans/a"),
+        ("s3a://scans//a", "s3://scans/a"),
+    ],
+)
+def test_one_account_for_all_spellings_of_a_place(spelling, account):
+    """A second spelling would open a second account, with a budget of its own."""
+    assert account_name(spelling) == account

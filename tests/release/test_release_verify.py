@@ -292,10 +292,49 @@ def test_a_bill_of_less_than_was_configured_fails_with_every_number_right(bundle
     assert says in said and "SHA-256" not in said and "events cost" not in said
 
 
-def test_bundles_whose_prior_was_one_sum_still_verify(bundle_of):
+def test_bundles_whose_prior_was_one_sum_still_verify(bundle_of, rewrite):
     config, schema, plan = planned("dp_sgd", False)
-    old = changed(changed(plan, COVARIANCES), MEANS, stage="latent_prior")
-    assert verify_bundle(bundle_of(config, schema, old)).report.events[1].stage == "latent_prior"
+    bundle = bundle_of(config, schema, changed(changed(plan, COVARIANCES), MEANS, stage="latent_prior"))
+    said = problems(bundle)  # settings of the second sum: it has run
+    assert f"{MEANS!r}, which is billed 0 times" in said and f"{COVARIANCES!r}, which is billed 0 times" in said
+
+    rewrite(
+        bundle, "config.json", lambda c: [c["prior"].pop(name) for name in ("mean_share", "covariance_clip_norm")] and c
+    )
+    assert verify_bundle(bundle).report.events[1].stage == "latent_prior"
+
+
+def test_a_unit_of_other_records_than_configured_is_refused(bundle_of):
+    config, schema, plan = planned("dp_sgd", False)
+    said = problems(bundle_of(config, schema, plan.model_copy(update={"unit_of_privacy": "all records of a hospital"})))
+    assert "one unit is 'all records of a hospital', but by config.json it is 'one record'" in said
+
+
+def test_a_delta_that_allows_to_publish_a_record_is_refused(bundle_of):
+    config, schema, plan = planned("dp_sgd", False)
+    said = problems(bundle_of(config.model_copy(update={"num_records": 200_000}), schema, plan))
+    assert "delta=1e-05 must be below 1 / (number of records)" in said
+
+
+@pytest.mark.parametrize("name", ["decoder", "denoiser"])
+def test_a_bundle_without_its_models_is_refused(folder, rewrite, name):
+    (folder / "model" / f"{name}.safetensors").unlink()
+    rewrite(folder, "README.md", lambda text: text)  # the manifest lists it no more
+    assert f"model/{name}.safetensors is missing" in problems(folder)
+
+
+@pytest.mark.parametrize(("name", "from_prior"), [("private_latents", True), ("teacher", False)])
+def test_a_model_that_no_stage_makes_is_refused(folder, rewrite, name, from_prior):
+    model = (folder / "model" / "decoder.safetensors").read_bytes()
+    (folder / "model" / f"{name}.safetensors").write_bytes(model)
+    rewrite(folder, "config.json", lambda c: c["teacher"].update(from_prior=from_prior))
+    assert f"model/{name}.safetensors is no model of this release" in problems(folder)
+
+
+def test_the_teacher_of_the_prior_is_a_model_of_a_release_without_another(folder, rewrite):
+    (folder / "model" / "teacher.safetensors").write_bytes((folder / "model" / "decoder.safetensors").read_bytes())
+    rewrite(folder, "README.md", lambda text: text)
+    verify_bundle(folder)
 
 
 def test_a_dropped_part_is_missed_with_every_hash_right(folder, rewrite):

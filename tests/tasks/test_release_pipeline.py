@@ -74,6 +74,8 @@ def _check_lineage(result, own_data):
     [parent] = [r for r in runs() if r.data.tags.get("dpldm.kind") == "release"]
     assert parent.info.status == "FINISHED" and parent.info.run_name == result.release_id
     assert parent.data.metrics["epsilon"] == pytest.approx(result.epsilon)
+    announced = {seal for r in runs() if (seal := r.data.params.get("manifest_sha256"))}
+    assert announced == {verify_bundle(result.bundle).manifest_sha256}, "what a stranger compares with verify"
     children = {r.info.run_name: r for r in runs() if r.data.tags.get("mlflow.parentRunId") == parent.info.run_id}
     expected = {"ingest", "train_autoencoder", "extract_latents", "train_diffusion", "train_teacher"}
     assert set(children) == expected | {"sample-0", "sample-1", "evaluate", "publish"}

@@ -210,11 +210,11 @@ def test_samples_of_the_prior_alone_teach_where_no_private_record_does(trained, 
     values["teacher"]["dp_sgd"]["budget_share"] = 0.0
     config = type(trained["config"]).model_validate(values)
     schema, files = trained["schema"], (trained["decoder"], trained["denoiser"])
-    assert stages.named_by_prior(config, schema)
+    assert config.named_by_prior(schema.num_classes)
     for other in (trained["config"], with_teacher(config, from_prior=False)):
-        assert not stages.named_by_prior(other, schema)
-    assert not stages.named_by_prior(config.model_copy(update={"latent_mechanism": "noised_latents"}), schema)
-    assert not stages.named_by_prior(config, schema.model_copy(update={"class_names": ("all",)}))
+        assert not other.named_by_prior(schema.num_classes)
+    assert not config.model_copy(update={"latent_mechanism": "noised_latents"}).named_by_prior(schema.num_classes)
+    assert not config.named_by_prior(1)
 
     with mock.patch.object(stages, "read_records", side_effect=AssertionError("no private record is read")):
         teacher = stages.teach_from_prior(*files, config, schema, stages.Run(tmp_path))
