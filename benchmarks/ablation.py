@@ -2,7 +2,7 @@
 
 The same release again and again, each time without one part; the budget of a part that is left out goes to the others.
 Accuracy, distance, epsilon and seconds of every arm, measured as in benchmarks/quality.py, one release each.
---arms runs some of them, and the whole method always.
+--arms runs some of them, and the whole method always; the file keeps the others.
 """
 
 from __future__ import annotations
@@ -65,12 +65,14 @@ def main() -> None:
         parser.error("--config is set by the arms")
     with tempfile.TemporaryDirectory() as folder:
         defaults = request_of(arguments, Path(folder)).config.model_dump()
-    result: dict = {"dataset": arguments.dataset, "preset": arguments.preset, "arms": {}}
     real = load_dataset(arguments.dataset, data_root=arguments.data_root, cache_dir=None, num_classes=None).train
     classes, epochs = real.schema.num_classes, defaults["evaluation"]["num_epochs"]
     judge = train_classifier(real.images, real.labels, num_classes=classes, num_epochs=epochs, seed=FIRST_SEED)
     RESULTS.mkdir(exist_ok=True)
     file = RESULTS / f"{arguments.dataset}-eps{arguments.epsilon:g}-{arguments.preset}.json"
+    result: dict = {"dataset": arguments.dataset, "preset": arguments.preset, "arms": {}}
+    if file.exists() and set(arguments.arms) != set(ARMS):
+        result = json.loads(file.read_text())
     for name in (arm for arm in ARMS if arm in (WHOLE, *arguments.arms)):
         left_out, fields = ARMS[name]
         print(name, flush=True)

@@ -159,7 +159,7 @@ def release_and_measure(
     Returns:
         The result file.
     """
-    clock = Clock()
+    machine, clock = describe_machine(), Clock()
     with clock.stage("open"):
         decision = decide(request_of(arguments, folder), data_root=arguments.data_root, cache_dir=str(folder))
     config, schema = decision.request.config, decision.schema
@@ -233,7 +233,7 @@ def release_and_measure(
         "baselines": baselines,
         "guidance": guided,
         "config": config.model_dump(mode="json"),
-        "machine": describe_machine(),
+        "machine": machine,
     }
 
 
