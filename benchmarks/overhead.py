@@ -1,6 +1,6 @@
 """Start-up, I/O and bookkeeping of a release: its wall time when every stage takes one step, without the stages.
 
-Run: python benchmarks/overhead.py --rounds 5. Writes benchmarks/results/overhead.json. The first round makes the ledger
+Run: python benchmarks/overhead.py --rounds 6. Writes benchmarks/results/overhead.json. The first round makes the ledger
 and the MLflow store. What is not in the MLflow run of a stage that computes counts as overhead: imports, flytekit,
 calibration and its cross-check, ledger, MLflow, report, bundle and its verification.
 """
