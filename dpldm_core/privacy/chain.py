@@ -176,7 +176,7 @@ class Chain:
             if row.seq != expected or row.hash != link_hash(previous, row.seq, row.time, row.kind, row.body):
                 raise LedgerError(
                     f"ledger {self._where}: the chain is broken at link {expected}: it was edited. Nothing is spent or "
-                    "published on it; restore it from a backup and compare with the hashes in MLflow and in the bundles"
+                    "published on it; restore it from a backup that holds every entry that a bundle names"
                 )
             previous = row.hash
             links.append(Link(row.seq, row.time, row.kind, json.loads(row.body), row.hash))
