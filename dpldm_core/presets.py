@@ -18,15 +18,7 @@ from dpldm_core.overrides import explain, merge
 # Assumed when own data comes without a declared num_records: it moves speed and quality, never the guarantee.
 REFERENCE_RECORDS = 4_000
 MECHANISMS = ("dp_sgd", "noised_latents")
-_INPUTS = {
-    "dataset",
-    "epsilon",
-    "delta",
-    "preset",
-    "latent_mechanism",
-    "num_samples",
-    "publish_metrics",
-}  # checked alone
+_INPUTS = {"dataset", "epsilon", "delta", "preset", "latent_mechanism", "num_samples"}  # checked alone
 _MOST = 0.5  # largest sample rate
 _FEW = 5_000  # records up to which preset quick takes half as long (docs/research.md)
 _TEACHABLE = 20_000.0  # records times epsilon; with less, a teacher names worse than the prior draws (decision 18)

@@ -152,7 +152,6 @@ def test_override_files(tmp_path, name):
         ("preset", "cpu"),
         ("latent_mechanism", "noised_latents"),
         ("num_samples", 5),
-        ("publish_metrics", True),
     ],
 )
 def test_what_the_request_was_checked_by_cannot_stand_in_the_file(name, value):
