@@ -14,6 +14,7 @@ from dpldm_core.privacy.ledger import Ledger
 from dpldm_core.release.synthetic import read_synthetic
 from dpldm_core.release.verify import verify_bundle
 from dpldm_core.rng import SecretKey
+from tasks.opening import open_release
 from tests.tasks.conftest import NUM_RECORDS, drawings
 from workflows.release import release_pipeline, resample_pipeline
 
@@ -283,6 +284,15 @@ def test_the_budget_is_asked_before_the_data_is_opened(machine, own_data, ledger
     (machine / "scans.npz").write_bytes(b"damaged")
     with pytest.raises(BudgetError, match="does not cover"):
         release(own_data)
+
+
+def test_another_attempt_at_opening_keeps_the_name_that_the_first_one_reserved(machine, own_data, ledger):
+    inputs = {"dataset": own_data, "epsilon": 5.0, "delta": 1e-5, "preset": "smoke", "num_samples": 40}
+    inputs |= {"latent_mechanism": "dp_sgd", "budget_epsilon": 0.0, "out": str(machine / "releases"), "config": ""}
+    first, again = (open_release(**inputs, publish_metrics=False).release for _ in range(2))
+    [entry] = ledger.books().entries.values()
+    assert first.release_id == again.release_id == entry.release_id
+    assert first.entry_id == again.entry_id == entry.entry_id
 
 
 def test_nothing_is_written_of_a_release_whose_books_are_not_whole(machine, small_mnist, ledger, monkeypatch):
