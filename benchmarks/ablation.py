@@ -2,7 +2,7 @@
 
 The same release again and again, each time without one part; the budget of a part that is left out goes to the others.
 Accuracy, distance, epsilon and seconds of every arm, measured as in benchmarks/quality.py, one release each.
---arms runs some of them, and the whole method always; the file keeps the others.
+--arms runs some of them; the file keeps the others.
 """
 
 from __future__ import annotations
@@ -27,7 +27,10 @@ SHARES = {"autoencoder": ("dp_sgd",), "prior": (), "diffusion": ("dp_sgd",), "te
 # What each arm leaves out: the section whose private steps go, or single fields.
 ARMS: dict[str, tuple[str | None, dict]] = {
     WHOLE: (None, {}),
-    "no denoiser: samples of the prior": ("diffusion", {"diffusion": {"procedural_steps": 0}}),
+    "no denoiser: plain samples of the prior": (
+        "diffusion",
+        {"diffusion": {"procedural_steps": 0}, "sampling": {"guidance": 0.0, "sharpness": 0.0}},
+    ),
     "no procedural images for the denoiser": (None, {"diffusion": {"procedural_steps": 0}}),
     "no private steps of the denoiser": ("diffusion", {}),
     "no procedural images for the decoder": (None, {"autoencoder": {"procedural_steps": 0}}),
@@ -71,9 +74,7 @@ def main() -> None:
     RESULTS.mkdir(exist_ok=True)
     file = RESULTS / f"{arguments.dataset}-eps{arguments.epsilon:g}-{arguments.preset}.json"
     result: dict = {"dataset": arguments.dataset, "preset": arguments.preset, "arms": {}}
-    if file.exists() and set(arguments.arms) != set(ARMS):
-        result = json.loads(file.read_text())
-    for name in (arm for arm in ARMS if arm in (WHOLE, *arguments.arms)):
+    for name in (arm for arm in ARMS if arm in arguments.arms):
         left_out, fields = ARMS[name]
         print(name, flush=True)
         with tempfile.TemporaryDirectory() as folder:
@@ -86,7 +87,10 @@ def main() -> None:
         for section, values in merge(defaults, changed).items():
             if found["config"][section] != values:
                 raise AssertionError(f"{name!r} changed more than that: {section} is {found['config'][section]}")
-        result["arms"][name] = {key: found[key] for key in KEPT}
+        if file.exists():  # another process may have run other arms meanwhile
+            result = json.loads(file.read_text())
+        measured = result["arms"] | {name: {key: found[key] for key in KEPT}}
+        result["arms"] = {arm: measured[arm] for arm in ARMS if arm in measured}
         file.write_text(json.dumps(result, indent=1) + "\n")
     if arguments.json:
         print(json.dumps(result))

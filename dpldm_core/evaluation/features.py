@@ -1,4 +1,4 @@
-"""Named feature extractors of Frechet distances. Only the full Inception network is called ``fid``."""
+"""Named feature extractors, and features of both sides of a comparison. Only the full Inception is called ``fid``."""
 
 from __future__ import annotations
 
@@ -55,6 +55,52 @@ class FeatureExtractor:
         """
         batches = [images[i : i + _BATCH_SIZE] for i in range(0, len(images), _BATCH_SIZE)]
         return np.concatenate([self.features(to_pixels(batch, device())).float().cpu().numpy() for batch in batches])
+
+
+@dataclass(frozen=True)
+class DrawnFeatures:
+    """Features of equally many images a side. Private: real records are in them.
+
+    Args:
+        metric: Name of the Frechet distance on these features.
+        synthetic: [n, d].
+        train: Of real training images, [n, d].
+        heldout: Of real held-out images, [k, d], k at most n; whatever compares with them takes k of each.
+    """
+
+    metric: str
+    synthetic: np.ndarray
+    train: np.ndarray
+    heldout: np.ndarray
+
+
+def draw_features(
+    extractor: FeatureExtractor,
+    images: np.ndarray,
+    train_images: np.ndarray,
+    heldout_images: np.ndarray,
+    *,
+    max_images: int,
+    seed: int,
+) -> DrawnFeatures:
+    """Features of random images of each side.
+
+    Args:
+        extractor: The features.
+        images: Synthetic uint8 [n, h, w, c], n from 2.
+        train_images: Real training images, uint8 [m, h, w, c], m from 2. Private.
+        heldout_images: Real held-out images, uint8 [k, h, w, c], k from 2. Private.
+        max_images: Images a side at most, drawn without replacement.
+        seed: Of the draw.
+
+    Returns:
+        The features. Private.
+    """
+    rng = np.random.default_rng(seed)
+    num_all = min(len(images), len(train_images), max_images)
+    sides = (images, num_all), (train_images, num_all), (heldout_images, min(num_all, len(heldout_images)))
+    drawn = [extractor(part[rng.permutation(len(part))[:size]]) for part, size in sides]
+    return DrawnFeatures(extractor.metric, *drawn)
 
 
 def classifier_extractor(classifier: SmallCnn) -> FeatureExtractor:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.linalg import svdvals
 
-from dpldm_core.evaluation.features import FeatureExtractor
+from dpldm_core.evaluation.features import DrawnFeatures
 
 
 @dataclass(frozen=True)
@@ -66,44 +66,25 @@ def _moments(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return mean, np.linalg.qr(features - mean, mode="r") / np.sqrt(len(features) - 1)
 
 
-def frechet_distances(
-    extractor: FeatureExtractor,
-    images: np.ndarray,
-    train_images: np.ndarray,
-    heldout_images: np.ndarray,
-    *,
-    max_images: int,
-    seed: int,
-) -> FrechetResult:
+def frechet_distances(drawn: DrawnFeatures) -> FrechetResult:
     """Distances of synthetic images to both real sets, and of these to each other.
 
     Args:
-        extractor: The features.
-        images: Synthetic uint8 [n, h, w, c], n from 2.
-        train_images: Real training images, uint8 [m, h, w, c], m from 2. Private.
-        heldout_images: Real held-out images, uint8 [k, h, w, c], k from 2. Private.
-        max_images: Images a side at most, drawn without replacement.
-        seed: Of the draw.
+        drawn: Features of all three. Private.
 
     Returns:
         The distances. Private.
     """
-    rng = np.random.default_rng(seed)
-    num_all = min(len(images), len(train_images), max_images)
-    num_images = min(num_all, len(heldout_images))
-    synthetic, train, heldout = (
-        extractor(part[rng.permutation(len(part))[:size]])
-        for part, size in ((images, num_all), (train_images, num_all), (heldout_images, num_images))
-    )
-    few, few_train = synthetic[:num_images], train[:num_images]
+    num_all, num_images = len(drawn.synthetic), len(drawn.heldout)
+    few, few_train = drawn.synthetic[:num_images], drawn.train[:num_images]
     distance = frechet_distance(few, few_train)
     return FrechetResult(
-        metric=extractor.metric,
-        num_features=synthetic.shape[1],
+        metric=drawn.metric,
+        num_features=drawn.synthetic.shape[1],
         num_images=num_images,
         distance=distance,
-        distance_to_heldout=frechet_distance(few, heldout),
-        floor=frechet_distance(few_train, heldout),
+        distance_to_heldout=frechet_distance(few, drawn.heldout),
+        floor=frechet_distance(few_train, drawn.heldout),
         num_images_all=num_all,
-        distance_all=distance if num_all == num_images else frechet_distance(synthetic, train),
+        distance_all=distance if num_all == num_images else frechet_distance(drawn.synthetic, drawn.train),
     )

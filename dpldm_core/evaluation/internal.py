@@ -15,9 +15,10 @@ import numpy as np
 
 from dpldm_core.errors import DataError
 from dpldm_core.evaluation.downstream import held_out_accuracy
-from dpldm_core.evaluation.features import classifier_extractor, inception_extractor
+from dpldm_core.evaluation.features import classifier_extractor, draw_features, inception_extractor
 from dpldm_core.evaluation.frechet import FrechetResult, frechet_distances
 from dpldm_core.evaluation.memorisation import Memorisation, measure_memorisation
+from dpldm_core.evaluation.precision_recall import PrecisionRecall, precision_recall
 from dpldm_core.models.classifier import SmallCnn, train_classifier
 
 Records = tuple[np.ndarray, np.ndarray]
@@ -55,6 +56,7 @@ class InternalEvaluation:
         train_on_synthetic: Accuracy after training on synthetic images; None without labels or below 2 images a side.
         ceiling: The same classifier trained on the real training records; None likewise.
         frechet: Frechet distances; None with neither labels nor Inception weights, or below 2 images a side.
+        precision_recall: On the features of the Frechet distances; None likewise, or below 4 images a side.
         memorisation: Nearest neighbours in pixel space; None below 2 images a side.
     """
 
@@ -62,6 +64,7 @@ class InternalEvaluation:
     train_on_synthetic: AccuracySummary | None
     ceiling: AccuracySummary | None
     frechet: FrechetResult | None
+    precision_recall: PrecisionRecall | None
     memorisation: Memorisation | None
 
     def to_dict(self) -> dict[str, Any]:
@@ -118,16 +121,17 @@ def evaluate_release(
     extractor = inception_extractor(inception_weights) if inception_weights else None
     if extractor is None and real_classifier is not None:
         extractor = classifier_extractor(real_classifier)
-    synthetic = ceiling = frechet = None
+    synthetic = ceiling = frechet = shares = None
     if enough and num_classes > 1:
         measure = partial(_accuracy, heldout=heldout, num_classes=num_classes, num_epochs=num_epochs)
         synthetic, _ = measure((images, labels), seeds=seeds, first=synthetic_classifier)
         ceiling, classifier = measure(train, seeds=seeds[:1], first=real_classifier)
         extractor = extractor or classifier_extractor(classifier)
     if enough and extractor:
-        frechet = frechet_distances(extractor, *sides.values(), max_images=max_frechet_images, seed=seeds[0])
+        drawn = draw_features(extractor, *sides.values(), max_images=max_frechet_images, seed=seeds[0])
+        frechet, shares = frechet_distances(drawn), precision_recall(drawn)
     memorisation = measure_memorisation(*sides.values(), seed=seeds[0]) if enough else None
-    return InternalEvaluation(sizes, synthetic, ceiling, frechet, memorisation)
+    return InternalEvaluation(sizes, synthetic, ceiling, frechet, shares, memorisation)
 
 
 def _sizes(sides: dict[str, np.ndarray]) -> dict[str, int]:

@@ -3,7 +3,7 @@ import pytest
 import torch
 from pytorch_fid.fid_score import calculate_frechet_distance
 
-from dpldm_core.evaluation.features import FeatureExtractor
+from dpldm_core.evaluation.features import FeatureExtractor, draw_features
 from dpldm_core.evaluation.frechet import frechet_distance, frechet_distances
 
 
@@ -56,13 +56,17 @@ def coarse(pixels):
     return torch.nn.functional.avg_pool2d(pixels.float() / 255, 2).flatten(1)
 
 
+def distances_of(*images, max_images):
+    drawn = draw_features(FeatureExtractor("fd_coarse", coarse), *images, max_images=max_images, seed=0)
+    return frechet_distances(drawn)
+
+
 def test_fresh_real_images_reach_the_floor_and_noisy_ones_do_not(digits):
     images, _ = digits
-    extractor = FeatureExtractor("fd_coarse", coarse)
     fresh, train, heldout = images[:500], images[500:1200], images[1200:]
     noise = np.random.default_rng(0).integers(0, 40, fresh.shape, dtype=np.uint8)
-    good = frechet_distances(extractor, fresh, train, heldout, max_images=5000, seed=0)
-    bad = frechet_distances(extractor, np.maximum(fresh, noise), train, heldout, max_images=5000, seed=0)
+    good = distances_of(fresh, train, heldout, max_images=5000)
+    bad = distances_of(np.maximum(fresh, noise), train, heldout, max_images=5000)
     assert (good.metric, good.num_features, good.num_images, good.num_images_all) == ("fd_coarse", 16, 500, 500)
     assert 0.5 * good.floor < good.distance < 2 * good.floor
     assert 0.5 * good.floor < good.distance_to_heldout < 2 * good.floor
@@ -73,10 +77,9 @@ def test_fresh_real_images_reach_the_floor_and_noisy_ones_do_not(digits):
 
 def test_sizes_are_equal_and_the_larger_distance_is_apart(digits):
     images, _ = digits
-    extractor = FeatureExtractor("fd_coarse", coarse)
-    result = frechet_distances(extractor, images[:800], images[800:1600], images[1600:1700], max_images=500, seed=0)
+    result = distances_of(images[:800], images[800:1600], images[1600:1700], max_images=500)
     assert (result.num_images, result.num_images_all) == (100, 500)
     assert result.distance_all < result.distance  # the bias of few images
-    few = frechet_distances(extractor, images[:800], images[800:1600], images[1600:1700], max_images=50, seed=0)
+    few = distances_of(images[:800], images[800:1600], images[1600:1700], max_images=50)
     assert (few.num_images, few.num_images_all) == (50, 50)
     assert few.distance_all == few.distance

@@ -36,6 +36,7 @@ def test_everything_is_there_as_plain_json(result):
         "train_on_synthetic_accuracy",
         "ceiling_accuracy",
         "fd_real_classifier",
+        "precision_recall",
         "memorisation",
     }
     assert values["num_images"] == {"synthetic": 500, "training": 700, "heldout": 597}
