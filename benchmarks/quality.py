@@ -33,6 +33,7 @@ from dpldm_core.data.schema import read_records
 from dpldm_core.models.classifier import SmallCnn, train_classifier
 from dpldm_core.privacy.calibration import COVARIANCES, DIFFUSION, MEANS, TEACHER
 from dpldm_core.privacy.report import recompute
+from dpldm_core.release.bundle import digest
 from dpldm_core.release.measuring import FIRST_SEED, evaluate_files
 from dpldm_core.release.opening import Decision, Request, check_request, decide
 from dpldm_core.release.publishing import Publication, publish_release
@@ -143,21 +144,30 @@ def train_models(
 def with_earlier_stages(result: dict, earlier: dict) -> dict:
     """The result of a release with a kept denoiser: its bill and seconds are those of the run that trained it.
 
+    Args:
+        result: Of the release, billed as its own plan says.
+        earlier: Result file of the run that kept the denoiser.
+
+    Returns:
+        The result, billed with what the denoiser truly cost.
+
     Raises:
-        SystemExit: With the denoiser's true bill the release costs more than its plan says.
+        SystemExit: The denoiser is another run's, or with its true bill the release costs more than its plan says.
     """
+    again = "train it again, without --denoiser"
+    if earlier.get("denoiser_sha256", result["denoiser_sha256"]) != result["denoiser_sha256"]:
+        raise SystemExit(f"--denoiser: it is not what the run of this result file trained; {again}")
     paid = {event["stage"]: event for event in earlier["events"] if event["stage"] in (MEANS, COVARIANCES, DIFFUSION)}
+    if not_in_plan := sorted(paid.keys() - {event["stage"] for event in result["events"]}):
+        raise SystemExit(f"--denoiser: it paid for {', '.join(not_in_plan)}, which this plan has no place for; {again}")
     result["events"] = [paid.get(event["stage"], event) for event in result["events"]]
     epsilon, replace_one = recompute(result)
     if epsilon > result["epsilon"]:
-        raise SystemExit(
-            f"--denoiser: with it epsilon is {epsilon}, above the plan's {result['epsilon']}; train it again"
-        )
+        raise SystemExit(f"--denoiser: with it epsilon is {epsilon}, above the plan's {result['epsilon']}; {again}")
     result |= {"epsilon": epsilon, "epsilon_replace_one": replace_one}
     spent = {name: earlier["stages"][name] for name in ("extract_latents", "train_diffusion")}
     result["stages"] = spent | result["stages"]
     result["release_minutes"] = minutes_of(result["stages"])
-    result["baselines"] = earlier["baselines"] | result["baselines"]  # they have nothing to do with the denoiser
     result["trained_by"] = earlier.get("trained_by", earlier["machine"])
     return result
 
@@ -219,10 +229,10 @@ def release_and_measure(
             settings = {"num_classes": schema.num_classes, "num_epochs": epochs, "seed": FIRST_SEED}
             real_classifier = train_classifier(real.images, real.labels, **settings)
         result = measured(part, arguments.seeds)
-    baselines = {}
+    baselines, images = {}, {"release": part}
     for name in arguments.baselines if config.latent_mechanism == "dp_sgd" else ():
         with clock.stage(name):
-            path = folder / f"{name}.parquet"
+            images[name] = path = folder / f"{name}.parquet"
             write_synthetic_parquet(path, *BASELINES[name](real, config), schema.class_names, schema.labelled)
         baselines[name] = measured(path, 1)
         print(name, baselines[name]["train_on_synthetic_accuracy"], flush=True)
@@ -250,6 +260,8 @@ def release_and_measure(
         "baselines": baselines,
         "guidance": guided,
         "config": config.model_dump(mode="json"),
+        "images_sha256": {name: digest(path)["sha256"] for name, path in images.items()},
+        "denoiser_sha256": digest(models["denoiser"])["sha256"],
         "machine": machine,
     }
 

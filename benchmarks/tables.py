@@ -88,7 +88,8 @@ def presets_table() -> str:
     for preset, (purpose, images, shown) in PRESETS.items():
         found = []
         for dataset, epsilon in shown:
-            result = newest[dataset, preset, epsilon]
+            if (result := newest.get((dataset, preset, epsilon))) is None:  # the preset has changed since
+                continue
             accuracy = 100 * result["measured"]["train_on_synthetic_accuracy"]["mean"]
             minutes = f"{result['release_minutes']:.1f} minutes of {_cores_of(result)}"
             found.append(f"{names[dataset]}, epsilon {epsilon}: {accuracy:.1f} % in {minutes}")
@@ -206,25 +207,52 @@ def guidance_table() -> str:
     return "\n".join(rows)
 
 
-def inception_table() -> str:
-    """One row per result file of benchmarks/inception.py."""
+def fidelity_table() -> str:
+    """One row per result file of benchmarks/fidelity.py, and per one of quality.py that tells precision and recall."""
     rows = [
-        "| data | epsilon | preset | metric, images a side | floor | release | one-shot prior | release / prior |",
-        "|---|---|---|---|---|---|---|---|",
+        "| data | epsilon | preset | metric, images a side | floor | release | one-shot prior | release / prior | "
+        "precision, recall: release | one-shot prior | real test images |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for path in sorted((HERE / "results" / "inception").glob("*.json")):
-        result = json.loads(path.read_text())
-        release, prior = result["release"], result["one_shot_prior"]
+    found = [json.loads(path.read_text()) for path in (HERE / "results" / "fidelity").glob("*.json")]
+    found += [_fidelity_of(result) for result in results_of_quality() if result["measured"].get("precision_recall")]
+    for result in sorted(found, key=lambda r: (r["dataset"], r["metric"], r["preset"], _epsilon_of(r))):
+        release, prior = result["release"], result.get("one_shot_prior")
         cells = (
             result["dataset"],
-            f"{result['config']['epsilon'] if 'config' in result else result['epsilon']:g}",
+            f"{_epsilon_of(result):g}",
             result["preset"] + _mark(result.get("config")),
             f"{result['metric']}, {result['num_images']:,}",
-            *(f"{value:.3g}" for value in (result["floor"], release, prior)),
-            f"{release / prior:.2f}",
+            f"{result['floor']:.3g}",
+            f"{release['distance']:.3g}",
+            f"{prior['distance']:.3g}" if prior else "-",
+            f"{release['distance'] / prior['distance']:.2f}" if prior else "-",
+            *(_shares_of(result.get(name)) for name in ("release", "one_shot_prior", "real_test")),
         )
         rows.append("| " + " | ".join(cells) + " |")
     return "\n".join(rows)
+
+
+def _fidelity_of(result: dict) -> dict:
+    """What benchmarks/quality.py measured, as benchmarks/fidelity.py writes it."""
+    shares = result["measured"]["precision_recall"]
+    metric, num_images = shares["metric"], shares["num_images"]
+    sets = {"release": result["measured"]} | result["baselines"]
+    return {
+        **{key: result[key] for key in ("dataset", "preset", "config")},
+        **{"metric": metric, "num_images": num_images, "floor": result["measured"][metric]["floor"]},
+        "real_test": {"precision": shares["heldout_precision"], "recall": shares["heldout_recall"]},
+        **{name: found["precision_recall"] | {"distance": found[metric]["distance"]} for name, found in sets.items()},
+    }
+
+
+def _epsilon_of(result: dict) -> float:
+    return result["config"]["epsilon"] if "config" in result else result["epsilon"]
+
+
+def _shares_of(found: dict | None) -> str:
+    """Precision and recall, where they were measured."""
+    return f"{found['precision']:.2f}, {found['recall']:.2f}" if found and "precision" in found else "-"
 
 
 def ablation_table() -> str:
@@ -314,7 +342,7 @@ def published_table() -> str:
 
 def _at(delta: float) -> str:
     """What releases of MNIST with preset cpu cost at another delta."""
-    own = [r for r in _oldest_first() if r["dataset"] == "mnist" and r["preset"] == "cpu"]
+    own = [r for r in _oldest_first() if r["dataset"] == "mnist" and r["preset"] == "cpu" and _is_preset(r)]
     asked = {r["config"]["epsilon"]: r for r in own}  # what was made since takes the place of what was made before
     found = []
     for _, r in sorted(asked.items()):
@@ -386,7 +414,7 @@ TABLES = {
     "quality": quality_table,
     "stages": stages_table,
     "overhead": overhead_table,
-    "inception": inception_table,
+    "fidelity": fidelity_table,
     "guidance": guidance_table,
     "ablation": ablation_table,
     "variety": variety_table,

@@ -1,0 +1,136 @@
+"""Frechet distance, precision and recall of images that benchmarks/quality.py kept: one result file per release.
+
+python benchmarks/quality.py --dataset mnist --epsilon 1 --preset cpu --data-root FOLDER --keep IMAGES
+python benchmarks/fidelity.py mnist-eps1-cpu-dp_sgd --images IMAGES --data-root FOLDER
+python benchmarks/fidelity.py mnist-eps1-cpu-dp_sgd --images IMAGES --data-root FOLDER --inception-weights FILE \
+    --num-images 1000
+
+On the features of a classifier of the real training images, or on those of Inception: with the file of all layers the
+metric is ``fid``, with that of the layers up to Mixed_6e ``fd_inception768``. One core takes some tenths of a second an
+image there. All three move with the number of images, so compare rows of equal numbers, and with what real test images
+reach. Computed from real data, so internal; public data sets protect nobody.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from _machine import describe_machine
+from quality import RESULTS as QUALITY
+
+from dpldm_core.data.sources import load_dataset
+from dpldm_core.evaluation.features import DrawnFeatures, FeatureExtractor, classifier_extractor, inception_extractor
+from dpldm_core.evaluation.frechet import frechet_distances
+from dpldm_core.evaluation.precision_recall import precision_recall
+from dpldm_core.models.classifier import train_classifier
+from dpldm_core.release.bundle import digest
+from dpldm_core.release.measuring import FIRST_SEED
+from dpldm_core.release.synthetic import read_synthetic
+from dpldm_core.threads import settle_on_cpu
+
+RESULTS = Path(__file__).parent / "results" / "fidelity"
+
+
+def measure(
+    files: dict[str, Path], real: tuple[np.ndarray, np.ndarray], extractor: FeatureExtractor, *, num_images: int
+) -> dict[str, Any]:
+    """Every set of images beside real training images, and what real test images reach.
+
+    Args:
+        files: Parquet file of each set of synthetic images by name.
+        real: Real training and test images, uint8 [n, h, w, c].
+        extractor: The features.
+        num_images: Images a side.
+
+    Returns:
+        The metric, the number of images a side, the floor, precision and recall of ``real_test``, and distance,
+        precision and recall of each set by its name.
+
+    Raises:
+        SystemExit: A side holds fewer images than asked for.
+    """
+    train, test = (_features(extractor, images, num_images) for images in real)
+    result: dict[str, Any] = {"metric": extractor.metric, "num_images": num_images}
+    for name, path in files.items():
+        synthetic = _features(extractor, read_synthetic([path])[0], num_images)
+        drawn = DrawnFeatures(extractor.metric, synthetic, train, test)
+        distances, shares = frechet_distances(drawn), precision_recall(drawn)
+        assert shares is not None  # None with a handful of images
+        result["floor"] = distances.floor
+        result["real_test"] = {"precision": shares.heldout_precision, "recall": shares.heldout_recall}
+        result[name] = {"distance": distances.distance, "precision": shares.precision, "recall": shares.recall}
+        print(name, result[name], flush=True)
+    return result
+
+
+def _features(extractor: FeatureExtractor, images: np.ndarray, num_images: int) -> np.ndarray:
+    """Of images chosen by a fixed permutation."""
+    if not 10 <= num_images <= len(images):
+        raise SystemExit(f"--num-images {num_images}: from 10 to {len(images)}, the images of the smallest side")
+    return extractor(images[np.random.default_rng(0).permutation(len(images))[:num_images]])
+
+
+def kept_files(release: dict, folder: Path) -> dict[str, Path]:
+    """The images that a run kept, by name.
+
+    Args:
+        release: Its result file.
+        folder: What it kept.
+
+    Raises:
+        SystemExit: There are none, or they are not those that this result was measured on.
+    """
+    if not (files := {path.stem: path for path in sorted(folder.glob("*.parquet"))}):
+        raise SystemExit(f"--images: {folder} holds no images; run benchmarks/quality.py --keep {folder.parent} first")
+    known = release.get("images_sha256", {})  # results of before there was such a field cannot tell
+    for name, path in files.items():
+        if name in known and digest(path)["sha256"] != known[name]:
+            raise SystemExit(f"--images: {path} is not what the result was measured on; keep the images of that run")
+    return files
+
+
+def main() -> None:
+    """Measure kept releases and write a result file for each."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="+", help="result files of benchmarks/quality.py, without .json")
+    parser.add_argument("--images", required=True, help="folder that quality.py --keep was given")
+    parser.add_argument("--inception-weights", default="", help="file with Inception weights; else a classifier's")
+    parser.add_argument("--data-root", help="folder with MNIST and Fashion-MNIST")
+    parser.add_argument("--num-images", type=int, default=10_000, help="images a side")
+    arguments = parser.parse_args()
+    settle_on_cpu()
+    extractors: dict[str, FeatureExtractor] = {}
+    for name in arguments.names:
+        release = json.loads((QUALITY / f"{name}.json").read_text())
+        files = kept_files(release, Path(arguments.images) / name)
+        config = release["config"]
+        where = {"data_root": arguments.data_root, "cache_dir": None, "num_classes": config["num_classes"]}
+        train, test = (loaded := load_dataset(config["dataset"], **where)).train, loaded.test
+        if test is None:
+            parser.error(f"{config['dataset']} has no test images to compare with")
+        if arguments.inception_weights:
+            extractors.setdefault(config["dataset"], inception_extractor(arguments.inception_weights))
+        elif config["dataset"] not in extractors:
+            settings = {"num_classes": train.schema.num_classes, "num_epochs": config["evaluation"]["num_epochs"]}
+            judge = train_classifier(train.images, train.labels, seed=FIRST_SEED, **settings)
+            extractors[config["dataset"]] = classifier_extractor(judge)
+        extractor = extractors[config["dataset"]]
+        found = measure(files, (train.images, test.images), extractor, num_images=arguments.num_images)
+        kept = {key: release[key] for key in ("dataset", "preset", "config")}
+        RESULTS.mkdir(parents=True, exist_ok=True)
+        path = RESULTS / f"{name}-{extractor.metric}.json"
+        path.write_text(json.dumps(kept | found | {"machine": describe_machine()}, indent=1) + "\n")
+        print(path)
+
+
+if __name__ == "__main__":
+    main()
