@@ -5,14 +5,25 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
+import _baselines
 import ablation
+import fidelity
+import quality
 from quality import add_arguments, request_of
 
+from dpldm_core.data.schema import ImageSchema, Records
+from dpldm_core.evaluation.features import FeatureExtractor
 from dpldm_core.overrides import merge
+from dpldm_core.privacy import accounting
+from dpldm_core.privacy.calibration import COVARIANCES, DIFFUSION, MEANS, TEACHER
+from dpldm_core.release.bundle import digest
+from dpldm_core.release.synthetic import write_synthetic_parquet
 
 
 def config_of(folder, changes):
@@ -51,3 +62,106 @@ def test_an_arm_of_the_ablation_leaves_out_its_part_and_nothing_else(arm, tmp_pa
         assert after[left_out] == 0
         rest = {s: share for s, share in before.items() if s != left_out}
         assert {s: after[s] for s in rest} == pytest.approx({s: v / sum(rest.values()) for s, v in rest.items()})
+
+
+RESULTS = Path(quality.RESULTS)
+
+
+@pytest.fixture
+def paid():
+    """A committed result, with the digest of a denoiser."""
+    return json.loads((RESULTS / "mnist-eps1-cpu-dp_sgd.json").read_text()) | {"denoiser_sha256": "a1"}
+
+
+def test_a_kept_denoiser_is_billed_as_the_run_that_trained_it(paid):
+    """What the new plan would have charged for it is nothing that was spent."""
+    now = json.loads(json.dumps(paid))
+    for event in now["events"]:
+        if event["stage"] == DIFFUSION:
+            event["event"] = next(e["event"] for e in paid["events"] if e["stage"] == TEACHER)
+    now |= {"stages": {name: paid["stages"][name] for name in ("train_teacher", "sample")}, "baselines": {}}
+    found = quality.with_earlier_stages(now, paid)
+    assert found["events"] == paid["events"]
+    assert found["epsilon"] == pytest.approx(paid["epsilon"], rel=1e-9)
+    assert found["stages"]["train_diffusion"] == paid["stages"]["train_diffusion"]
+    assert found["baselines"] == {}, "what another run measured is not of this one"
+
+
+def test_a_kept_denoiser_of_another_run_or_above_the_bill_is_refused(paid):
+    copy = json.dumps(paid)
+    with pytest.raises(SystemExit, match="another|not what the run"):
+        quality.with_earlier_stages(json.loads(copy) | {"denoiser_sha256": "b2"}, paid)
+    with pytest.raises(SystemExit, match="above the plan"):
+        quality.with_earlier_stages(json.loads(copy) | {"epsilon": paid["epsilon"] - 0.01}, paid)
+    without = json.loads(copy)
+    without["events"] = [event for event in without["events"] if event["stage"] not in (MEANS, COVARIANCES)]
+    with pytest.raises(SystemExit, match="no place for"):
+        quality.with_earlier_stages(without, paid)
+
+
+def some_records(n=60, classes=2):
+    rng = np.random.default_rng(0)
+    labels = np.arange(n) % classes
+    images = rng.integers(0, 60, (n, 8, 8, 1), dtype=np.uint8) + 150 * labels[:, None, None, None].astype(np.uint8)
+    schema = ImageSchema(height=8, width=8, channels=1, class_names=tuple("ab"), labelled=True, grouped=False)
+    return Records(images, labels.astype(np.int64), None, schema)
+
+
+@pytest.mark.parametrize("name", sorted(_baselines.BASELINES))
+def test_another_method_draws_images_within_the_whole_epsilon(name, tmp_path, monkeypatch):
+    """Every mechanism that it runs is of one plan, calibrated to the release's epsilon."""
+    (tmp_path / "tiny.json").write_text(
+        json.dumps({"diffusion": {"width": 8, "depth": 1, "dp_sgd": {"num_steps": 2}}, "num_records": 60})
+    )
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    asked = ["--preset", "smoke", "--epsilon", "8", "--delta", "1e-3", "--config", str(tmp_path / "tiny.json")]
+    config = request_of(parser.parse_args([*asked, "--num-samples", "20"]), tmp_path).config
+    plans, calibrated = [], _baselines.calibrate
+
+    def calibrate(*args, **kwargs):
+        plans.append(calibrated(*args, **kwargs))
+        return plans[-1]
+
+    monkeypatch.setattr(_baselines, "calibrate", calibrate)
+    monkeypatch.setattr(_baselines, "_ITERATIONS", 2)
+    images, labels = _baselines.BASELINES[name](some_records(), config)
+    assert (images.dtype, images.shape, len(np.unique(labels))) == (np.uint8, (20, 8, 8, 1), 2)
+    (plan,) = plans
+    spent = accounting.epsilon(plan.events(), plan.delta, accounting.relation_from_name(plan.relation))
+    assert 0.99 * 8 < spent <= 8 and plan.delta == 1e-3
+
+
+def coarse(pixels):
+    return torch.nn.functional.avg_pool2d(pixels.float() / 255, 4).flatten(1)
+
+
+def test_fidelity_measures_the_images_that_a_run_kept(tmp_path):
+    records, names = some_records(), ["a", "b"]
+    write_synthetic_parquet(tmp_path / "kept" / "release.parquet", records.images, records.labels, names)
+    write_synthetic_parquet(tmp_path / "kept" / "dp_merf.parquet", 255 - records.images, records.labels, names)
+    known = {"release": digest(tmp_path / "kept" / "release.parquet")["sha256"]}
+    files = fidelity.kept_files({"images_sha256": known}, tmp_path / "kept")
+    real = records.images[:40], records.images[20:]
+    found = fidelity.measure(files, real, FeatureExtractor("fd_coarse", coarse), num_images=40)
+    assert (found["metric"], found["num_images"]) == ("fd_coarse", 40)
+    assert found["release"]["distance"] < found["dp_merf"]["distance"]
+    assert found["release"]["precision"] > found["dp_merf"]["precision"]
+    with pytest.raises(SystemExit, match="from 10 to 40"):
+        fidelity.measure(files, real, FeatureExtractor("fd_coarse", coarse), num_images=50)
+    with pytest.raises(SystemExit, match="not what the result was measured on"):
+        fidelity.kept_files({"images_sha256": {"release": "0"}}, tmp_path / "kept")
+    with pytest.raises(SystemExit, match="holds no images"):
+        fidelity.kept_files({}, tmp_path / "nothing")
+
+
+def test_a_stage_s_peak_of_memory_is_its_own():
+    clock = quality.Clock()
+    with clock.stage("large"):
+        large = np.ones(50_000_000)
+    del large
+    with clock.stage("small"):
+        pass
+    if not quality._forget_peak():
+        pytest.skip("this system cannot forget a peak")
+    assert clock.stages["small"]["peak_memory_gb"] < clock.stages["large"]["peak_memory_gb"] - 0.2
