@@ -89,7 +89,7 @@ def test_a_kept_denoiser_is_billed_as_the_run_that_trained_it(paid):
 
 def test_a_kept_denoiser_of_another_run_or_above_the_bill_is_refused(paid):
     copy = json.dumps(paid)
-    with pytest.raises(SystemExit, match="another|not what the run"):
+    with pytest.raises(SystemExit, match="not what the run"):
         quality.with_earlier_stages(json.loads(copy) | {"denoiser_sha256": "b2"}, paid)
     with pytest.raises(SystemExit, match="above the plan"):
         quality.with_earlier_stages(json.loads(copy) | {"epsilon": paid["epsilon"] - 0.01}, paid)
