@@ -32,6 +32,7 @@ from dpldm_core.evaluation.frechet import frechet_distances
 from dpldm_core.evaluation.precision_recall import precision_recall
 from dpldm_core.models.classifier import train_classifier
 from dpldm_core.release.bundle import digest
+from dpldm_core.release.figures import samples_grid_png
 from dpldm_core.release.measuring import FIRST_SEED
 from dpldm_core.release.synthetic import read_synthetic
 from dpldm_core.threads import settle_on_cpu
@@ -105,6 +106,7 @@ def main() -> None:
     parser.add_argument("--inception-weights", default="", help="file with Inception weights; else a classifier's")
     parser.add_argument("--data-root", help="folder with MNIST and Fashion-MNIST")
     parser.add_argument("--num-images", type=int, default=10_000, help="images a side")
+    parser.add_argument("--pictures", default="", help="folder for the first images of each class of each release")
     arguments = parser.parse_args()
     settle_on_cpu()
     extractors: dict[str, FeatureExtractor] = {}
@@ -123,6 +125,11 @@ def main() -> None:
             judge = train_classifier(train.images, train.labels, seed=FIRST_SEED, **settings)
             extractors[config["dataset"]] = classifier_extractor(judge)
         extractor = extractors[config["dataset"]]
+        if arguments.pictures:
+            images, labels = read_synthetic(files["release"], per_class=10)
+            picture = Path(arguments.pictures) / f"{name}.png"
+            picture.parent.mkdir(parents=True, exist_ok=True)
+            picture.write_bytes(samples_grid_png(images, labels, class_names=train.schema.class_names))
         found = measure(files, (train.images, test.images), extractor, num_images=arguments.num_images)
         kept = {key: release[key] for key in ("dataset", "preset", "config")}
         RESULTS.mkdir(parents=True, exist_ok=True)
