@@ -35,6 +35,7 @@ __all__ = [
     "epsilon",
     "event_from_json",
     "event_to_json",
+    "filter_epsilon",
     "gaussian_event",
     "gaussian_mu",
     "poisson_gaussian_event",
@@ -48,6 +49,8 @@ _MOST_COPIES = 10_000
 PLD_ROUNDING = 0.02  # what discretisation adds at most; it shows where epsilon itself is below 0.2
 # Share of delta kept back for the truncation of Poisson batches (docs/decisions/0006).
 TRUNCATION_DELTA_SHARE = 1e-6
+_FILTER_ORDERS = (2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 64, 96, 128, 256, 512)
+_MAIN_SHARE = 0.9  # of a filter's delta, for the order that its cap asks for
 
 
 def gaussian_event(noise_multiplier: float) -> DpEvent:
@@ -163,6 +166,40 @@ def rdp_epsilon(events: Sequence[DpEvent], delta: float) -> float:
         if best != orders[-1]:
             break  # large orders take long, and are the best for tiny epsilons alone
     return found
+
+
+def filter_epsilon(events: Sequence[DpEvent], delta: float, cap: float) -> float:
+    """Epsilon under ADD_OR_REMOVE_ONE of events that may have been chosen by earlier outputs: a Renyi filter.
+
+    For one order, and a budget of it that is fixed in advance, divergences add up even then (Feldman and Zrnic 2021,
+    Theorem 3.1). The order that is best in the end depends on the outputs, so every order gets its own share of delta,
+    and the shares add up to delta: most of it is of the order that a Gaussian release at the cap would take.
+
+    Args:
+        events: Everything released.
+        delta: Target delta.
+        cap: Epsilon that may not be exceeded, fixed before anything was released.
+
+    Returns:
+        At most the cap only where (cap, delta) holds for all events together; above what they cost where it is less.
+    """
+    weights = {order: 1.0 / (order - 1) for order in _FILTER_ORDERS}  # what a share costs falls so with the order
+    rest = (1.0 - _MAIN_SHARE) / sum(weights.values())
+    shares = {order: rest * weight for order, weight in weights.items()}
+    shares[_best_order(cap, delta)] += _MAIN_SHARE
+    return min(_rdp_epsilon_of(order, events, delta * share) for order, share in shares.items())
+
+
+def _rdp_epsilon_of(order: int, events: Sequence[DpEvent], delta: float) -> float:
+    accountant = RdpAccountant([order], neighboring_relation=NeighboringRelation.ADD_OR_REMOVE_ONE)
+    return float(accountant.compose(compose(events)).get_epsilon(delta))
+
+
+@lru_cache(maxsize=64)
+def _best_order(epsilon: float, delta: float) -> int:
+    """The filter's order that says least of one Gaussian release at (epsilon, delta)."""
+    release = [gaussian_event(1.0 / gaussian_mu(epsilon, delta))]
+    return min(_FILTER_ORDERS, key=lambda order: _rdp_epsilon_of(order, release, delta))
 
 
 def cross_check(events: Sequence[DpEvent], delta: float, relation: NeighboringRelation) -> dict[str, float]:

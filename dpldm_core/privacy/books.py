@@ -115,7 +115,7 @@ class Books:
         return [e for e in self.entries.values() if e.account == account and e.state != "cancelled"]
 
     def spent(self, account: str) -> float:
-        """Joint epsilon of everything reserved on an account, at its delta."""
+        """Joint epsilon of everything reserved on an account, at its delta; :meth:`check` is what holds to the cap."""
         claims, delta, relation = self.claims(account)
         return joint_epsilon(claims, delta, relation)
 
@@ -145,7 +145,8 @@ class Books:
             return
         others = Books(self.accounts, {k: e for k, e in self.entries.items() if e.release_id != asked})
         by = ", ".join(e.release_id for e in others.live(account)) or "no release"
-        after, spent, left = joint_epsilon(claims, opened.delta, relation), others.spent(account), others.left(account)
+        after = joint_epsilon(claims, opened.delta, relation, cap=opened.budget_epsilon)
+        spent, left = others.spent(account), others.left(account)
         raise BudgetError(
             f"the budget of account {account!r} does not cover release {asked!r}: of epsilon {opened.budget_epsilon:g} "
             f"(delta {opened.delta:g}, {relation.name}), {spent:.4g} is spent by {by}; with this release it would be "
@@ -162,7 +163,8 @@ class Books:
         return [*(e.claim() for e in entries), *slots], opened.delta, accounting.relation_from_name(name)
 
     def _fits(self, account: Account, claims: Sequence[Claim], relation: NeighboringRelation) -> bool:
-        return joint_epsilon(claims, account.delta, relation) <= account.budget_epsilon * (1 + TOLERANCE)
+        cap = account.budget_epsilon
+        return joint_epsilon(claims, account.delta, relation, cap=cap) <= cap * (1 + TOLERANCE)
 
 
 def fold(links: Sequence[Link]) -> Books:

@@ -1,9 +1,10 @@
 """What all releases of one account cost together.
 
 Plans that were fixed before the account's first mechanism ran compose as one PLD. A plan chosen later may depend on
-what earlier releases showed; then PLD is no longer valid, and a Renyi filter is used (Lecuyer 2021; Feldman and Zrnic
-2021): the Renyi divergences of all plans add up and are converted once. Under REPLACE_ONE, where our Renyi accountant
-is not used, such plans add up by basic composition. Disjoint cohorts compose in parallel under ADD_OR_REMOVE_ONE.
+what earlier releases showed; then PLD is no longer valid, and a Renyi filter is used (Feldman and Zrnic 2021): the
+Renyi divergences of all plans add up and are converted once, for the account's cap. Under REPLACE_ONE, where our Renyi
+accountant is not used, such plans add up by basic composition. Disjoint cohorts compose in parallel under
+ADD_OR_REMOVE_ONE.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from dpldm_core.privacy import accounting
 from dpldm_core.privacy.accounting import DpEvent, NeighboringRelation
@@ -43,22 +45,26 @@ def placeholder(epsilon: float, delta: float, relation: NeighboringRelation) -> 
     return accounting.gaussian_event(changes / accounting.gaussian_mu((1 - 1e-3) * epsilon, delta))
 
 
-def joint_epsilon(claims: Sequence[Claim], delta: float, relation: NeighboringRelation) -> float:
+def joint_epsilon(
+    claims: Sequence[Claim], delta: float, relation: NeighboringRelation, *, cap: float | None = None
+) -> float:
     """Epsilon of all claims together at ``delta``.
 
     Args:
         claims: Every release that was reserved and not cancelled, and every open slot of a sealed schedule.
         delta: The account's delta.
         relation: The account's relation.
+        cap: What the claims are held against, by a Renyi filter where one was chosen by outputs; None: by the Renyi
+            bound that is best for them, which says what was spent, and is no promise where outputs chose.
 
     Returns:
         An upper bound; infinite when no statement can be made.
     """
     cohorts = {c.cohort for c in claims} - {EVERY_COHORT}
     if relation is not NeighboringRelation.ADD_OR_REMOVE_ONE or not cohorts:
-        return _sequential(claims, delta, relation)
+        return _sequential(claims, delta, relation, cap)
     return max(
-        _sequential([c for c in claims if c.cohort in (EVERY_COHORT, name)], delta, relation) for name in cohorts
+        _sequential([c for c in claims if c.cohort in (EVERY_COHORT, name)], delta, relation, cap) for name in cohorts
     )
 
 
@@ -68,7 +74,7 @@ def is_adaptive(claims: Sequence[Claim]) -> bool:
     return any(c.fixed_at > read for i, c in enumerate(claims) for read, j in reads if i != j)
 
 
-def _sequential(claims: Sequence[Claim], delta: float, relation: NeighboringRelation) -> float:
+def _sequential(claims: Sequence[Claim], delta: float, relation: NeighboringRelation, cap: float | None) -> float:
     if not claims:
         return 0.0
     share, truncation = accounting.TRUNCATION_DELTA_SHARE, sum(c.truncation for c in claims)
@@ -76,7 +82,8 @@ def _sequential(claims: Sequence[Claim], delta: float, relation: NeighboringRela
     if not is_adaptive(claims):
         return _keeping_back(lambda d: accounting.epsilon(events, d, relation), truncation, delta)
     if relation is NeighboringRelation.ADD_OR_REMOVE_ONE:
-        return _keeping_back(lambda d: accounting.rdp_epsilon(events, d * (1 - share)), truncation, delta)
+        bound = accounting.rdp_epsilon if cap is None else partial(accounting.filter_epsilon, cap=cap)
+        return _keeping_back(lambda d: bound(events, d * (1 - share)), truncation, delta)
 
     def basic(d: float) -> float:  # the i-th claim, in the order of fixing, gets delta 2^-i
         ordered = sorted(claims, key=lambda c: c.fixed_at)

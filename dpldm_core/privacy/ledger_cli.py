@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -100,7 +101,10 @@ def _forecast(ledger: Ledger, arguments: argparse.Namespace) -> list[str]:
         cost = events if epsilon is None else (placeholder(epsilon, account.delta, relation),)
         at = [0] * count if sealed else range(len(ledger.links()) + 1, len(ledger.links()) + 1 + 2 * count, 2)
         more = [Claim(cost, 0.0 if epsilon is not None else truncation, k, None if sealed else k + 1) for k in at]
-        return joint_epsilon([*books.claims(account.name)[0], *more], account.delta, relation)
+        claims = [*books.claims(account.name)[0], *more]
+        return joint_epsilon(
+            claims, account.delta, relation, cap=None if math.isinf(account.budget_epsilon) else account.budget_epsilon
+        )
 
     each = arguments.epsilon
     if not arguments.plan and each is None:

@@ -19,6 +19,7 @@ from dpldm_core.privacy.accounting import (
     epsilon,
     event_from_json,
     event_to_json,
+    filter_epsilon,
     gaussian_event,
     gaussian_mu,
     gaussian_steps,
@@ -317,3 +318,35 @@ def test_a_target_out_of_reach_is_refused():
         solve_scale(lambda mu: [gaussian_event(1 / mu), gaussian_event(1.0)], 0.5, DELTA, ADD_REMOVE)
     with pytest.raises(AccountingError, match="cannot be spent"):
         solve_scale(lambda mu: [gaussian_event(10.0)], 100.0, DELTA, ADD_REMOVE)
+
+
+@pytest.mark.parametrize("cap", [0.5, 3.0, 10.0])
+def test_the_orders_of_a_filter_share_one_delta(cap, monkeypatch):
+    """Outputs may decide which order is the best in the end: each has its own part of delta, and no more is spent."""
+    given = {}
+    monkeypatch.setattr(accounting, "_best_order", lambda cap, delta: 7)
+    monkeypatch.setattr(accounting, "_rdp_epsilon_of", lambda order, events, delta: given.setdefault(order, delta))
+    filter_epsilon([gaussian_event(1.0)], DELTA, cap)
+    assert len(given) > 20 and sum(given.values()) == pytest.approx(DELTA, rel=1e-12)
+    assert given[7] > 0.9 * DELTA
+
+
+def test_a_filter_is_the_closed_form_at_its_order():
+    """Gaussian releases of noise s: divergence n a / (2 s^2) at order a; Canonne, Kamath and Steinke 2020, Prop. 12."""
+    n, s, cap = 4, 3.0, 3.8
+    found = filter_epsilon([gaussian_event(s)] * n, DELTA, cap)
+    delta = DELTA * (accounting._MAIN_SHARE + (1 - accounting._MAIN_SHARE) / 60)  # the main order's, about
+
+    def at(order):
+        return n * order / (2 * s * s) + math.log1p(-1 / order) - math.log(delta * order) / (order - 1)
+
+    assert found == pytest.approx(at(accounting._best_order(cap, DELTA)), rel=2e-3)
+
+
+@pytest.mark.parametrize("cap", [1.0, 3.0, 10.0])
+def test_a_filter_is_above_rdp_and_near_it_at_the_cap(cap):
+    """Where it decides, it costs next to nothing; of an account that is far from its cap it says too much."""
+    for share, most in ((1.0, 1.02), (0.2, 2.5)):
+        mu = accounting.gaussian_mu(share * cap / 1.08, DELTA)
+        events = [gaussian_event(math.sqrt(5) / mu)] * 5
+        assert rdp_epsilon(events, DELTA) <= filter_epsilon(events, DELTA, cap) <= most * rdp_epsilon(events, DELTA)

@@ -5,12 +5,14 @@ import multiprocessing
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
 import sqlalchemy as sa
 
 from dpldm_core.errors import BudgetError, LedgerError
+from dpldm_core.privacy import accounting
 from dpldm_core.privacy import chain as chain_module
 from dpldm_core.privacy.ledger import Ledger, default_url
 from dpldm_core.privacy.ledger_cli import main
@@ -167,6 +169,22 @@ def test_a_plan_chosen_after_an_output_needs_the_renyi_filter(ledger):
     adaptive = ledger.books().spent("a")
     sealed = plan_of(8.0, 8.0).epsilon()
     assert pld_of_one < sealed < adaptive < 1.25 * sealed
+
+
+def test_the_cap_is_held_by_a_filter_whose_order_outputs_cannot_choose(ledger_url):
+    """Between the bound of the order that is best afterwards and the filter's, which shares delta, there is no room."""
+    plan = plan_of(2.0)
+    events = plan.events() * 2
+    best_afterwards = accounting.rdp_epsilon(events, DELTA)
+    for cap, fits in ((1.001 * best_afterwards, False), (1.02 * best_afterwards, True)):
+        assert (accounting.filter_epsilon(events, DELTA, cap) <= cap) is fits
+        ledger = Ledger(ledger_url)
+        name = f"cap {cap}"
+        ledger.open_account(name, budget_epsilon=cap, delta=DELTA, relation="ADD_OR_REMOVE_ONE")
+        asked = {"account": name, "plan": plan, "epsilon": 0.9 * plan.epsilon()}  # the plan decides, not the hold
+        run_release(ledger, release_id=f"{name} 1", **asked)
+        with nullcontext() if fits else pytest.raises(BudgetError):
+            run_release(ledger, release_id=f"{name} 2", **asked)
 
 
 def test_two_releases_reserved_before_either_ran_compose_as_one_pld(ledger):
