@@ -25,6 +25,8 @@ NOT_COVERED = (
     "Other releases of the same data: the costs of separate releases add up. The ledger keeps that bill.",
     "Somebody who stands behind k units of privacy: for them epsilon is up to k times as large, and delta grows more.",
     "What is true of everybody: a conclusion that would hold without any single unit is learned, not leaked.",
+    "That there is a release: it is refused where the data holds too few units for its settings or more than declared, "
+    "which a single unit decides at the very edge.",
     "The machine that ran it: private files, logs, run times and internal measurements stay inside and are outside the "
     "promise if they leave.",
 )
