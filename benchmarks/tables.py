@@ -39,7 +39,7 @@ PRESETS = {  # name: what it is for, images of a release, data sets and epsilons
     ),
     "long": (
         "accuracy, by better teachers; where the number of images times epsilon is 300,000 or more, an hour and more",
-        "60,000; more by `--num_samples` pay",
+        "60,000 (300,000 or 600,000 by `--num_samples` in what was measured)",
         [("mnist", 1), ("fashion_mnist", 1), ("mnist", 10), ("fashion_mnist", 10)],
     ),
     "gpu": ("a wider denoiser, for one GPU", "60,000", []),
@@ -174,7 +174,7 @@ def _machine_of(result: dict) -> str:
 def _cores_of(result: dict) -> str:
     """On how many, and the denoiser if it was another run's."""
     here, there = result["machine"], result.get("trained_by", result["machine"])
-    also = f" ({there['cores']} for stage 2)" if there["cores"] != here["cores"] else ""
+    also = f" (denoiser: {_counted(there['cores'], 'core')})" if there["cores"] != here["cores"] else ""
     return _counted(here["cores"], "core") + also
 
 

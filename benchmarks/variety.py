@@ -110,19 +110,18 @@ def measure(point: Point, arguments: argparse.Namespace) -> dict:
 
 
 def main() -> None:
-    """Measure the points and write the result file after each; with --only, into the file that is there."""
+    """Measure the points and write the result file after each; with --points, into the file that is there."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
     parser.set_defaults(dataset="fashion_mnist", seeds=1)
-    parser.add_argument("--only", default="", help="points whose name contains this")
+    names = [point.name for point in POINTS]
+    parser.add_argument("--points", nargs="+", choices=names, default=names, metavar="POINT", help="default: all")
     parser.add_argument("--json", action="store_true", help="print the result last")
     arguments = parser.parse_args()
     result = {"dataset": arguments.dataset, "preset": arguments.preset, "points": {}}
-    if RESULT.exists() and arguments.only:
+    if RESULT.exists() and set(arguments.points) != set(names):
         result = json.loads(RESULT.read_text())
-    for point in POINTS:
-        if arguments.only not in point.name:
-            continue
+    for point in (point for point in POINTS if point.name in arguments.points):
         print(point.name, flush=True)
         found = measure(point, arguments)
         kept = ("epsilon", "delta", "measured", "baselines", "release_minutes", "stages", "config", "machine")
