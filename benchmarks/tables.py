@@ -44,7 +44,12 @@ PRESETS = {  # name: what it is for, images of a release, data sets and epsilons
     ),
     "gpu": ("a wider denoiser, for one GPU", "60,000", []),
 }
-BASELINES = {"one_shot_prior": "one-shot prior", "dp_merf": "DP-MERF", "pixel_dpdm": "DPDM on pixels"}
+BASELINES = {
+    "one_shot_prior": "one-shot prior",
+    "dp_merf": "DP-MERF",
+    "pixel_dpdm": "DPDM on pixels",
+    "pixel_dpdm_without_noise": "the same without noise (a control, not private)",
+}
 
 USUAL = "delta 1e-05, ADD_OR_REMOVE_ONE"  # what an epsilon is stated with, where a row does not say otherwise
 ONE_SUM = "\u2020"  # on a result that was made before decision 21
