@@ -262,7 +262,15 @@ def _shares_of(found: dict | None) -> str:
 
 def ablation_table() -> str:
     """One row per arm of benchmarks/ablation.py."""
-    columns = ("preset", "left out", "accuracy", "Frechet distance", "epsilon", "seconds of processor")
+    columns = (
+        "preset",
+        "left out",
+        "accuracy",
+        "Frechet distance",
+        "precision, recall",
+        "epsilon",
+        "seconds of processor",
+    )
     rows = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     for path in sorted((HERE / "results" / "ablation").glob("*.json")):
         result = json.loads(path.read_text())
@@ -279,7 +287,8 @@ def ablation_table() -> str:
 
 def _ablation_row(preset: str, left_out: str, measured: dict, epsilon: float, seconds: str) -> str:
     accuracy, distance = measured["train_on_synthetic_accuracy"]["mean"], measured["fd_real_classifier"]["distance"]
-    return f"| {preset} | {left_out} | {100 * accuracy:.1f} | {distance:.3g} | {epsilon:.2f} | {seconds} |"
+    shares = _shares_of(measured.get("precision_recall"))
+    return f"| {preset} | {left_out} | {100 * accuracy:.1f} | {distance:.3g} | {shares} | {epsilon:.2f} | {seconds} |"
 
 
 def variety_table() -> str:
