@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from sklearn.datasets import load_digits
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
@@ -18,7 +19,9 @@ import quality
 from quality import add_arguments, request_of
 
 from dpldm_core.data.schema import ImageSchema, Records
+from dpldm_core.evaluation.downstream import held_out_accuracy
 from dpldm_core.evaluation.features import FeatureExtractor
+from dpldm_core.models.classifier import train_classifier
 from dpldm_core.overrides import merge
 from dpldm_core.privacy import accounting
 from dpldm_core.privacy.calibration import COVARIANCES, DIFFUSION, MEANS, TEACHER
@@ -130,6 +133,31 @@ def test_another_method_draws_images_within_the_whole_epsilon(name, tmp_path, mo
     (plan,) = plans
     spent = accounting.epsilon(plan.events(), plan.delta, accounting.relation_from_name(plan.relation))
     assert 0.99 * 8 < spent <= 8 and plan.delta == 1e-3
+
+
+@pytest.mark.slow
+def test_dpdm_on_pixels_learns_where_hardly_any_noise_is_in_the_way(tmp_path):
+    """A control of that baseline, which at a release's epsilon and minutes draws nothing: its code is not at fault."""
+    bunch = load_digits()
+    images = (bunch.images * (255 / 16)).round().astype(np.uint8)[..., None]
+    labels, order = bunch.target.astype(np.int64), np.random.default_rng(0).permutation(len(images))
+    learnt, tested = order[:1437], order[1437:]
+    schema = ImageSchema(height=8, width=8, channels=1, class_names=tuple("0123456789"), labelled=True, grouped=False)
+    records = Records(images[learnt], labels[learnt], None, schema)
+    changes = {"num_records": 1437, "diffusion": {"width": 32, "depth": 4, "dp_sgd": {"num_steps": 100}}}
+    changes["diffusion"]["dp_sgd"]["sample_rate"] = 0.5
+    (tmp_path / "own.json").write_text(json.dumps(changes))
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    asked = ["--dataset", "mnist", "--epsilon", "8", "--num-samples", "2000", "--config", str(tmp_path / "own.json")]
+    config = request_of(parser.parse_args(asked), tmp_path).config
+    accuracy = {}
+    for name in ("pixel_dpdm", "pixel_dpdm_without_noise"):
+        drawn = _baselines.BASELINES[name](records, config)
+        classifier = train_classifier(*drawn, num_classes=10, num_epochs=20, seed=0)
+        accuracy[name] = held_out_accuracy(classifier, images[tested], labels[tested], num_classes=10).accuracy
+    assert accuracy["pixel_dpdm_without_noise"] > 0.7
+    assert accuracy["pixel_dpdm"] < accuracy["pixel_dpdm_without_noise"] - 0.3
 
 
 def coarse(pixels):
