@@ -262,33 +262,25 @@ def _shares_of(found: dict | None) -> str:
 
 def ablation_table() -> str:
     """One row per arm of benchmarks/ablation.py."""
-    columns = (
-        "preset",
-        "left out",
-        "accuracy",
-        "Frechet distance",
-        "precision, recall",
-        "epsilon",
-        "seconds of processor",
-    )
+    measures = ("accuracy", "Frechet distance", "precision, recall", "epsilon", "seconds of processor")
+    columns = ("data", "preset", "left out", *measures)
     rows = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     for path in sorted((HERE / "results" / "ablation").glob("*.json")):
         result = json.loads(path.read_text())
-        whole = result["arms"]["the whole method"]
         for name, arm in result["arms"].items():
             seconds = sum(stage["cpu_seconds"] for stage_name, stage in arm["stages"].items() if stage_name in MADE)
-            label = result["preset"] + _mark(arm["config"])
+            label = f"{result['dataset']} | {result['preset']}{_mark(arm['config'])}"
             rows.append(_ablation_row(label, name, arm["measured"], arm["epsilon"], f"{seconds:.0f}"))
-        for name, found in whole["baselines"].items():
-            left = f"all but the {BASELINES[name]}, which takes all of epsilon"
-            rows.append(_ablation_row(result["preset"], left, found, whole["epsilon"], "-"))
+            for other, found in arm["baselines"].items():
+                left = f"all but the {BASELINES[other]}, which takes all of epsilon"
+                rows.append(_ablation_row(label, left, found, arm["epsilon"], "-"))
     return "\n".join(rows)
 
 
-def _ablation_row(preset: str, left_out: str, measured: dict, epsilon: float, seconds: str) -> str:
+def _ablation_row(label: str, left_out: str, measured: dict, epsilon: float, seconds: str) -> str:
     accuracy, distance = measured["train_on_synthetic_accuracy"]["mean"], measured["fd_real_classifier"]["distance"]
     shares = _shares_of(measured.get("precision_recall"))
-    return f"| {preset} | {left_out} | {100 * accuracy:.1f} | {distance:.3g} | {shares} | {epsilon:.2f} | {seconds} |"
+    return f"| {label} | {left_out} | {100 * accuracy:.1f} | {distance:.3g} | {shares} | {epsilon:.2f} | {seconds} |"
 
 
 def variety_table() -> str:
