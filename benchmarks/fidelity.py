@@ -93,7 +93,7 @@ def kept_files(release: dict, folder: Path) -> dict[str, Path]:
         raise SystemExit(f"--images: {folder} holds no images; run benchmarks/quality.py --keep {folder.parent} first")
     known = release.get("images_sha256", {})  # results of before there was such a field cannot tell
     for name, path in files.items():
-        if name in known and digest(path)["sha256"] != known[name]:
+        if known and digest(path)["sha256"] != known.get(name):
             raise SystemExit(f"--images: {path} is not what the result was measured on; keep the images of that run")
     return files
 

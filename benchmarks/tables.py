@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import sys
 from collections.abc import Mapping
@@ -42,7 +43,7 @@ PRESETS = {  # name: what it is for, images of a release, data sets and epsilons
         "60,000 (300,000 or 600,000 by `--num_samples` in what was measured)",
         [("mnist", 1), ("fashion_mnist", 1), ("mnist", 10), ("fashion_mnist", 10)],
     ),
-    "gpu": ("a wider denoiser, for one GPU", "60,000", []),
+    "gpu": ("a wider denoiser, for one GPU; never run on one", "60,000", []),
 }
 BASELINES = {
     "one_shot_prior": "one-shot prior",
@@ -98,7 +99,7 @@ def presets_table() -> str:
             accuracy = 100 * result["measured"]["train_on_synthetic_accuracy"]["mean"]
             minutes = f"{result['release_minutes']:.1f} minutes of {_cores_of(result)}"
             found.append(f"{names[dataset]}, epsilon {epsilon}: {accuracy:.1f} % in {minutes}")
-        rows.append(f"| `{preset}` | {purpose} | {images} | {'; '.join(found) or 'never run on one: no result'} |")
+        rows.append(f"| `{preset}` | {purpose} | {images} | {'; '.join(found) or 'no result'} |")
     return "\n".join(rows)
 
 
@@ -198,7 +199,9 @@ def guidance_table() -> str:
         again = result.get("guidance", {})
         for strength, found in ({own: result["measured"]} | again).items() if again else ():
             accuracy, distance = found["train_on_synthetic_accuracy"], found["fd_real_classifier"]["distance"]
-            prior = result["baselines"]["one_shot_prior"]["fd_real_classifier"]["distance"]
+            prior = (
+                result["baselines"].get("one_shot_prior", {}).get("fd_real_classifier", {}).get("distance", math.nan)
+            )
             cells = (
                 result["dataset"],
                 f"{result['config']['epsilon']:g}",

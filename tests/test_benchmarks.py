@@ -126,6 +126,20 @@ def test_another_method_draws_images_within_the_whole_epsilon(name, tmp_path, mo
         plans.append(calibrated(*args, **kwargs))
         return plans[-1]
 
+    used = []
+
+    def noted(name, plans_of):
+        run = getattr(_baselines, name)
+
+        def with_note(*args, **kwargs):
+            used.extend(plans_of(args))
+            return run(*args, **kwargs)
+
+        monkeypatch.setattr(_baselines, name, with_note)
+
+    noted("noisy_sum", lambda args: [args[0]])
+    noted("release_prior", lambda args: args[2])
+    noted("train_denoiser", lambda args: [args[2]])
     monkeypatch.setattr(_baselines, "calibrate", calibrate)
     monkeypatch.setattr(_baselines, "_ITERATIONS", 2)
     images, labels = _baselines.BASELINES[name](some_records(), config)
@@ -133,6 +147,9 @@ def test_another_method_draws_images_within_the_whole_epsilon(name, tmp_path, mo
     (plan,) = plans
     spent = accounting.epsilon(plan.events(), plan.delta, accounting.relation_from_name(plan.relation))
     assert 0.99 * 8 < spent <= 8 and plan.delta == 1e-3
+    control = name == "pixel_dpdm_without_noise"
+    assert used and ({m.stage for m in used} == {m.stage for m in plan.mechanisms})
+    assert all(m in plan.mechanisms for m in used) is not control, "what ran is what was calibrated"
 
 
 @pytest.mark.slow
@@ -168,7 +185,7 @@ def test_fidelity_measures_the_images_that_a_run_kept(tmp_path):
     records, names = some_records(), ["a", "b"]
     write_synthetic_parquet(tmp_path / "kept" / "release.parquet", records.images, records.labels, names)
     write_synthetic_parquet(tmp_path / "kept" / "dp_merf.parquet", 255 - records.images, records.labels, names)
-    known = {"release": digest(tmp_path / "kept" / "release.parquet")["sha256"]}
+    known = {name: digest(tmp_path / "kept" / f"{name}.parquet")["sha256"] for name in ("release", "dp_merf")}
     files = fidelity.kept_files({"images_sha256": known}, tmp_path / "kept")
     real = records.images[:40], records.images[20:]
     found = fidelity.measure(files, real, FeatureExtractor("fd_coarse", coarse), num_images=40)
@@ -178,7 +195,9 @@ def test_fidelity_measures_the_images_that_a_run_kept(tmp_path):
     with pytest.raises(SystemExit, match="from 10 to 40"):
         fidelity.measure(files, real, FeatureExtractor("fd_coarse", coarse), num_images=50)
     with pytest.raises(SystemExit, match="not what the result was measured on"):
-        fidelity.kept_files({"images_sha256": {"release": "0"}}, tmp_path / "kept")
+        fidelity.kept_files({"images_sha256": known | {"release": "0"}}, tmp_path / "kept")
+    with pytest.raises(SystemExit, match="not what the result was measured on"):
+        fidelity.kept_files({"images_sha256": {"release": known["release"]}}, tmp_path / "kept")
     with pytest.raises(SystemExit, match="holds no images"):
         fidelity.kept_files({}, tmp_path / "nothing")
 

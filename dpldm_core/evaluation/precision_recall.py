@@ -63,7 +63,7 @@ def precision_recall(drawn: DrawnFeatures) -> PrecisionRecall | None:
 
 
 def _shares(features: np.ndarray, reference: np.ndarray) -> tuple[float, float]:
-    """Precision and recall of features [n, d] by the reference [n, d], both in float64: distances are differences."""
+    """Precision and recall of features [n, d] by the reference [n, d], in float64: distances are small beside norms."""
     import torch  # here because torch-fidelity imports torchvision, which takes seconds
     from torch_fidelity.metric_prc import calculate_precision_recall_part
 

@@ -168,7 +168,7 @@ def rdp_epsilon(events: Sequence[DpEvent], delta: float) -> float:
     return found
 
 
-def filter_epsilon(events: Sequence[DpEvent], delta: float, cap: float) -> float:
+def filter_epsilon(events: Sequence[DpEvent], delta: float, cap: tuple[float, float]) -> float:
     """Epsilon under ADD_OR_REMOVE_ONE of events that may have been chosen by earlier outputs: a Renyi filter.
 
     For one order, and a budget of it that is fixed in advance, divergences add up even then (Feldman and Zrnic 2021,
@@ -178,15 +178,16 @@ def filter_epsilon(events: Sequence[DpEvent], delta: float, cap: float) -> float
     Args:
         events: Everything released.
         delta: Target delta.
-        cap: Epsilon that may not be exceeded, fixed before anything was released.
+        cap: (epsilon, delta) that may not be exceeded, fixed before anything was released.
 
     Returns:
-        At most the cap only where (cap, delta) holds for all events together; above what they cost where it is less.
+        At most the cap's epsilon only where that holds with ``delta`` for all events together; where these cost less,
+        more than they cost.
     """
     weights = {order: 1.0 / (order - 1) for order in _FILTER_ORDERS}  # what a share costs falls so with the order
     rest = (1.0 - _MAIN_SHARE) / sum(weights.values())
     shares = {order: rest * weight for order, weight in weights.items()}
-    shares[_best_order(cap, delta)] += _MAIN_SHARE
+    shares[_best_order(*cap)] += _MAIN_SHARE
     return min(_rdp_epsilon_of(order, events, delta * share) for order, share in shares.items())
 
 

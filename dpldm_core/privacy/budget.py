@@ -82,7 +82,7 @@ def _sequential(claims: Sequence[Claim], delta: float, relation: NeighboringRela
     if not is_adaptive(claims):
         return _keeping_back(lambda d: accounting.epsilon(events, d, relation), truncation, delta)
     if relation is NeighboringRelation.ADD_OR_REMOVE_ONE:
-        bound = accounting.rdp_epsilon if cap is None else partial(accounting.filter_epsilon, cap=cap)
+        bound = accounting.rdp_epsilon if cap is None else partial(accounting.filter_epsilon, cap=(cap, delta))
         return _keeping_back(lambda d: bound(events, d * (1 - share)), truncation, delta)
 
     def basic(d: float) -> float:  # the i-th claim, in the order of fixing, gets delta 2^-i

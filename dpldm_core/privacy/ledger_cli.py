@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 from dpldm_core.errors import BudgetError, DpldmError
-from dpldm_core.privacy import accounting
 from dpldm_core.privacy.books import Books
 from dpldm_core.privacy.budget import Claim, joint_epsilon, placeholder
 from dpldm_core.privacy.ledger import Ledger, default_url
@@ -95,16 +94,15 @@ def _forecast(ledger: Ledger, arguments: argparse.Namespace) -> list[str]:
             ledger.seal(account.name, [plan] * count)
             return [f"sealed: {count} releases of plan {plan.digest()[:12]} on account {account.name}"]
         events, truncation = tuple(plan.events()), plan.truncation()
-    relation = accounting.relation_from_name(account.relation)
+    claims, delta, relation = books.claims(account.name)
+    following = len(ledger.links()) + 1
+    cap = None if math.isinf(account.budget_epsilon) else account.budget_epsilon
 
     def joint(epsilon: float | None, *, sealed: bool) -> float:
-        cost = events if epsilon is None else (placeholder(epsilon, account.delta, relation),)
-        at = [0] * count if sealed else range(len(ledger.links()) + 1, len(ledger.links()) + 1 + 2 * count, 2)
+        cost = events if epsilon is None else (placeholder(epsilon, delta, relation),)
+        at = [following] * count if sealed else range(following, following + 2 * count, 2)
         more = [Claim(cost, 0.0 if epsilon is not None else truncation, k, None if sealed else k + 1) for k in at]
-        claims = [*books.claims(account.name)[0], *more]
-        return joint_epsilon(
-            claims, account.delta, relation, cap=None if math.isinf(account.budget_epsilon) else account.budget_epsilon
-        )
+        return joint_epsilon([*claims, *more], delta, relation, cap=cap)
 
     each = arguments.epsilon
     if not arguments.plan and each is None:

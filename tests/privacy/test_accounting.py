@@ -326,15 +326,25 @@ def test_the_orders_of_a_filter_share_one_delta(cap, monkeypatch):
     given = {}
     monkeypatch.setattr(accounting, "_best_order", lambda cap, delta: 7)
     monkeypatch.setattr(accounting, "_rdp_epsilon_of", lambda order, events, delta: given.setdefault(order, delta))
-    filter_epsilon([gaussian_event(1.0)], DELTA, cap)
+    filter_epsilon([gaussian_event(1.0)], DELTA, (cap, DELTA))
     assert len(given) > 20 and sum(given.values()) == pytest.approx(DELTA, rel=1e-12)
     assert given[7] > 0.9 * DELTA
+
+
+def test_the_order_that_has_most_of_delta_follows_from_the_cap_alone(monkeypatch):
+    """What is kept back for cut batches depends on the plans: it may not choose the order."""
+    cap, left, given = (1.7, DELTA), 0.5 * DELTA, {}
+    monkeypatch.setattr(accounting, "_rdp_epsilon_of", lambda order, events, delta: given.setdefault(order, delta))
+    wanted, other = 10, 12  # of (1.7, 1e-5) and (1.7, 5e-6)
+    monkeypatch.setattr(accounting, "_best_order", lambda epsilon, delta: wanted if delta == DELTA else other)
+    filter_epsilon([gaussian_event(5.0)], left, cap)
+    assert given[wanted] > 0.9 * left > given[other]
 
 
 def test_a_filter_is_the_closed_form_at_its_order():
     """Gaussian releases of noise s: divergence n a / (2 s^2) at order a; Canonne, Kamath and Steinke 2020, Prop. 12."""
     n, s, cap = 4, 3.0, 3.8
-    found = filter_epsilon([gaussian_event(s)] * n, DELTA, cap)
+    found = filter_epsilon([gaussian_event(s)] * n, DELTA, (cap, DELTA))
     delta = DELTA * (accounting._MAIN_SHARE + (1 - accounting._MAIN_SHARE) / 60)  # the main order's, about
 
     def at(order):
@@ -349,4 +359,8 @@ def test_a_filter_is_above_rdp_and_near_it_at_the_cap(cap):
     for share, most in ((1.0, 1.02), (0.2, 2.5)):
         mu = accounting.gaussian_mu(share * cap / 1.08, DELTA)
         events = [gaussian_event(math.sqrt(5) / mu)] * 5
-        assert rdp_epsilon(events, DELTA) <= filter_epsilon(events, DELTA, cap) <= most * rdp_epsilon(events, DELTA)
+        assert (
+            rdp_epsilon(events, DELTA)
+            <= filter_epsilon(events, DELTA, (cap, DELTA))
+            <= most * rdp_epsilon(events, DELTA)
+        )

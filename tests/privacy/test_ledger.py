@@ -177,7 +177,7 @@ def test_the_cap_is_held_by_a_filter_whose_order_outputs_cannot_choose(ledger_ur
     events = plan.events() * 2
     best_afterwards = accounting.rdp_epsilon(events, DELTA)
     for cap, fits in ((1.001 * best_afterwards, False), (1.02 * best_afterwards, True)):
-        assert (accounting.filter_epsilon(events, DELTA, cap) <= cap) is fits
+        assert (accounting.filter_epsilon(events, DELTA, (cap, DELTA)) <= cap) is fits
         ledger = Ledger(ledger_url)
         name = f"cap {cap}"
         ledger.open_account(name, budget_epsilon=cap, delta=DELTA, relation="ADD_OR_REMOVE_ONE")
