@@ -10,7 +10,7 @@ from typing import Any
 from dpldm_core.errors import BudgetError, LedgerError
 from dpldm_core.privacy import accounting
 from dpldm_core.privacy.accounting import NeighboringRelation
-from dpldm_core.privacy.budget import Claim, joint_epsilon, placeholder
+from dpldm_core.privacy.budget import EVERY_COHORT, Claim, joint_epsilon, placeholder
 from dpldm_core.privacy.chain import Link
 from dpldm_core.privacy.plan import ReleasePlan
 
@@ -52,10 +52,13 @@ class Entry:
         relation: dp-accounting's name of the relation of its statement.
         config_digest: Of its resolved configuration; empty in entries from before it was noted.
         cohort: Declared disjoint set of units; empty: all.
+        opened_at: Link that reserved it, or sealed its slot.
         fixed_at: Link at which its events were fixed.
+        sealed: Whether it took the slot of a sealed schedule, which counts for every cohort.
         plan: Its mechanisms; None until bound.
         stages: Binding of each mechanism that began, by stage.
         first_read_at: Link of the first mechanism's begin.
+        cancelled_at: Link that cancelled it.
         state: reserved, committed, failed, published or cancelled.
     """
 
@@ -67,20 +70,34 @@ class Entry:
     delta: float
     relation: str
     cohort: str
+    opened_at: int
     fixed_at: int
     config_digest: str = ""
+    sealed: bool = False
     plan: ReleasePlan | None = None
     stages: Mapping[str, str] = field(default_factory=dict)
     first_read_at: int | None = None
+    cancelled_at: int | None = None
     state: str = "reserved"
 
     def claim(self) -> Claim:
-        """What it may cost."""
-        if self.plan is None:
-            event = placeholder(self.epsilon, self.delta, accounting.relation_from_name(self.relation))
-            return Claim((event,), 0.0, self.fixed_at, self.first_read_at, self.cohort)
-        truncation = self.plan.truncation()
-        return Claim(tuple(self.plan.events()), truncation, self.fixed_at, self.first_read_at, self.cohort)
+        """What it may cost; a hold that was cancelled keeps nothing but its place in the order."""
+        if self.plan is not None:
+            events, truncation = tuple(self.plan.events()), self.plan.truncation()
+        elif self.cancelled_at is None:
+            hold = placeholder(self.epsilon, self.delta, accounting.relation_from_name(self.relation))
+            events, truncation = (hold,), 0.0
+        else:
+            events, truncation = (), 0.0
+        return Claim(
+            events,
+            truncation,
+            opened_at=self.opened_at,
+            fixed_at=self.fixed_at,
+            first_read_at=self.first_read_at,
+            cohort=EVERY_COHORT if self.sealed else self.cohort,
+            withdrawn_at=self.cancelled_at,
+        )
 
 
 @dataclass
@@ -125,11 +142,11 @@ class Books:
         if math.isinf(opened.budget_epsilon):
             return math.inf
         claims, delta, relation = self.claims(account)
-        after = max((e.first_read_at or 0 for e in self.live(account)), default=0) + 1
+        after = max((max(e.opened_at, e.first_read_at or 0) for e in self.entries.values()), default=0) + 1
         low, high = 0.0, opened.budget_epsilon
         while high - low > 1e-3 * opened.budget_epsilon:
             middle = (low + high) / 2
-            more = Claim((placeholder(middle, delta, relation),), 0.0, after, None)
+            more = Claim((placeholder(middle, delta, relation),), 0.0, after, after, None)
             low, high = (middle, high) if self._fits(opened, [*claims, more], relation) else (low, middle)
         return math.floor(low * 1000) / 1000
 
@@ -147,19 +164,23 @@ class Books:
         by = ", ".join(e.release_id for e in others.live(account)) or "no release"
         after = joint_epsilon(claims, opened.delta, relation, cap=opened.budget_epsilon)
         spent, left = others.spent(account), others.left(account)
+        alive = [c for c in claims if c.withdrawn_at is None]
+        late = self._fits(opened, alive, relation)  # a plan that was cancelled when outputs were known is in the way
+        counts = ", releases that were cancelled after another had read among it" if late else ""
         raise BudgetError(
             f"the budget of account {account!r} does not cover release {asked!r}: of epsilon {opened.budget_epsilon:g} "
             f"(delta {opened.delta:g}, {relation.name}), {spent:.4g} is spent by {by}; with this release it would be "
-            f"{after:.4g}; about {left:.3f} is left for one more. Ask for less, or raise the cap: "
+            f"{after:.4g}{counts}; about {left:.3f} is left for one more. Ask for less, or raise the cap: "
             f"{raise_command(account)}"
         )
 
     def claims(self, account: str) -> tuple[list[Claim], float, NeighboringRelation]:
         """All claims of an account. One release that holds under REPLACE_ONE only moves the whole bill there."""
-        opened, entries = self.account(account), self.live(account)
-        relations = {opened.relation, *(e.relation for e in entries), *(p.relation for _, p in opened.schedule)}
+        opened, entries = self.account(account), [e for e in self.entries.values() if e.account == account]
+        live = self.live(account)
+        relations = {opened.relation, *(e.relation for e in live), *(p.relation for _, p in opened.schedule)}
         name = "REPLACE_ONE" if "REPLACE_ONE" in relations else opened.relation
-        slots = [Claim(tuple(p.events()), p.truncation(), at, None) for at, p in opened.schedule]
+        slots = [Claim(tuple(p.events()), p.truncation(), at, at, None) for at, p in opened.schedule]
         return [*(e.claim() for e in entries), *slots], opened.delta, accounting.relation_from_name(name)
 
     def _fits(self, account: Account, claims: Sequence[Claim], relation: NeighboringRelation) -> bool:
@@ -188,10 +209,10 @@ def fold(links: Sequence[Link]) -> Books:
             books.accounts[account.name] = replace(account, schedule=account.schedule + slots)
         elif link.kind == "reserve":
             account = books.account(body["account"])
-            entry = Entry(fixed_at=link.seq, **body)
+            entry = Entry(opened_at=link.seq, fixed_at=link.seq, **body)
             if account.schedule:  # the next sealed slot becomes this entry: fixed when it was sealed
                 (sealed_at, plan), *rest = account.schedule
-                entry = replace(entry, fixed_at=sealed_at, plan=plan)
+                entry = replace(entry, opened_at=sealed_at, fixed_at=sealed_at, sealed=True, plan=plan)
                 books.accounts[account.name] = replace(account, schedule=tuple(rest))
             books.entries[entry.entry_id] = entry
         else:
@@ -206,8 +227,10 @@ def _fold_entry(books: Books, link: Link, body: dict[str, Any]) -> None:
     elif link.kind == "commit":
         stages = {**entry.stages, body["stage"]: body["binding"]}
         entry = replace(entry, stages=stages, state="committed", first_read_at=entry.first_read_at or link.seq)
-    elif link.kind in ("cancel", "fail", "publish"):
-        entry = replace(entry, state={"cancel": "cancelled", "fail": "failed", "publish": "published"}[link.kind])
+    elif link.kind == "cancel":
+        entry = replace(entry, state="cancelled", cancelled_at=link.seq)
+    elif link.kind in ("fail", "publish"):
+        entry = replace(entry, state={"fail": "failed", "publish": "published"}[link.kind])
     else:
         raise LedgerError(f"ledger link {link.seq} is of kind {link.kind!r}, which this version of dpldm does not know")
     books.entries[entry.entry_id] = entry

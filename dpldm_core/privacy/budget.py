@@ -5,6 +5,9 @@ what earlier releases showed; then PLD is no longer valid, and a Renyi filter is
 Renyi divergences of all plans add up and are converted once, for the account's cap. Under REPLACE_ONE, where our Renyi
 accountant is not used, such plans add up by basic composition. Disjoint cohorts compose in parallel under
 ADD_OR_REMOVE_ONE.
+
+Outputs may choose neither which of the two bounds holds nor what share of delta a plan has: what was fixed before the
+first output must fit the filter too before anything follows, whether or not some of it is cancelled later.
 """
 
 from __future__ import annotations
@@ -27,16 +30,20 @@ class Claim:
     Args:
         events: Everything that it may release.
         truncation: Sum over its DP-SGD steps of the probability that a batch is cut.
+        opened_at: Ledger link that reserved or sealed it.
         fixed_at: Ledger link at which its events were fixed.
         first_read_at: Ledger link of its first mechanism's commit; None before.
         cohort: Declared set of units that it reads, disjoint from every other one; empty: all of them.
+        withdrawn_at: Ledger link at which it was cancelled, with no mechanism begun; None: it counts.
     """
 
     events: tuple[DpEvent, ...]
     truncation: float
+    opened_at: int
     fixed_at: int
     first_read_at: int | None
     cohort: str = EVERY_COHORT
+    withdrawn_at: int | None = None
 
 
 def placeholder(epsilon: float, delta: float, relation: NeighboringRelation) -> DpEvent:
@@ -51,7 +58,7 @@ def joint_epsilon(
     """Epsilon of all claims together at ``delta``.
 
     Args:
-        claims: Every release that was reserved and not cancelled, and every open slot of a sealed schedule.
+        claims: Every release that was reserved, cancelled ones marked, and every open slot of a sealed schedule.
         delta: The account's delta.
         relation: The account's relation.
         cap: What the claims are held against, by a Renyi filter where one was chosen by outputs; None: by the Renyi
@@ -68,26 +75,46 @@ def joint_epsilon(
     )
 
 
-def is_adaptive(claims: Sequence[Claim]) -> bool:
-    """Whether a claim's events were fixed after another claim's first mechanism had run."""
-    reads = sorted((c.first_read_at, i) for i, c in enumerate(claims) if c.first_read_at is not None)
-    return any(c.fixed_at > read for i, c in enumerate(claims) for read, j in reads if i != j)
-
-
 def _sequential(claims: Sequence[Claim], delta: float, relation: NeighboringRelation, cap: float | None) -> float:
-    if not claims:
-        return 0.0
-    share, truncation = accounting.TRUNCATION_DELTA_SHARE, sum(c.truncation for c in claims)
-    events = [event for c in claims for event in c.events]
-    if not is_adaptive(claims):
-        return _keeping_back(lambda d: accounting.epsilon(events, d, relation), truncation, delta)
-    if relation is NeighboringRelation.ADD_OR_REMOVE_ONE:
-        bound = accounting.rdp_epsilon if cap is None else partial(accounting.filter_epsilon, cap=(cap, delta))
-        return _keeping_back(lambda d: bound(events, d * (1 - share)), truncation, delta)
+    counted = [c for c in claims if c.withdrawn_at is None]
+    first_read = min((c.first_read_at for c in counted if c.first_read_at is not None), default=math.inf)
+    if all(c.fixed_at <= first_read for c in counted):
+        return _in_advance(counted, delta, relation)
+    spent = _chosen_by_outputs(claims, counted, delta, relation, cap)
+    before = [c for c in claims if c.fixed_at < first_read < (c.withdrawn_at or math.inf)]
+    if cap is None or all(c.withdrawn_at is None for c in before):
+        return spent
+    return max(spent, _chosen_by_outputs(claims, before, delta, relation, cap))
 
-    def basic(d: float) -> float:  # the i-th claim, in the order of fixing, gets delta 2^-i
-        ordered = sorted(claims, key=lambda c: c.fixed_at)
-        return sum(accounting.epsilon(c.events, d * 2.0 ** -(i + 1), relation) for i, c in enumerate(ordered))
+
+def _in_advance(counted: Sequence[Claim], delta: float, relation: NeighboringRelation) -> float:
+    """PLD of everything at once."""
+    if not counted:
+        return 0.0
+    events = [event for c in counted for event in c.events]
+    truncation = sum(c.truncation for c in counted)
+    return _keeping_back(lambda d: accounting.epsilon(events, d, relation), truncation, delta)
+
+
+def _chosen_by_outputs(
+    claims: Sequence[Claim],
+    counted: Sequence[Claim],
+    delta: float,
+    relation: NeighboringRelation,
+    cap: float | None,
+) -> float:
+    """The Renyi filter, or basic composition under REPLACE_ONE, over those of all claims that count."""
+    truncation = sum(c.truncation for c in counted)
+    if relation is NeighboringRelation.ADD_OR_REMOVE_ONE:
+        events = [event for c in counted for event in c.events]
+        bound = accounting.rdp_epsilon if cap is None else partial(accounting.filter_epsilon, cap=(cap, delta))
+        uncut = 1 - accounting.TRUNCATION_DELTA_SHARE
+        return _keeping_back(lambda d: bound(events, d * uncut), truncation, delta)
+
+    def basic(d: float) -> float:  # shares 1/2, 1/6, 1/12, ... of delta in the order of opening; they sum to 1
+        ordered = enumerate(sorted(claims, key=lambda c: c.opened_at), start=1)
+        shares = [(c, d / (i * (i + 1))) for i, c in ordered]
+        return sum(accounting.epsilon(c.events, share, relation) for c, share in shares if c in counted)
 
     return _keeping_back(basic, truncation, delta)
 

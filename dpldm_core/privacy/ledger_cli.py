@@ -101,7 +101,8 @@ def _forecast(ledger: Ledger, arguments: argparse.Namespace) -> list[str]:
     def joint(epsilon: float | None, *, sealed: bool) -> float:
         cost = events if epsilon is None else (placeholder(epsilon, delta, relation),)
         at = [following] * count if sealed else range(following, following + 2 * count, 2)
-        more = [Claim(cost, 0.0 if epsilon is not None else truncation, k, None if sealed else k + 1) for k in at]
+        cut = 0.0 if epsilon is not None else truncation
+        more = [Claim(cost, cut, k, k, None if sealed else k + 1) for k in at]
         return joint_epsilon([*claims, *more], delta, relation, cap=cap)
 
     each = arguments.epsilon

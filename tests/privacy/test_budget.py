@@ -17,7 +17,7 @@ EVENT = gaussian_event(1.0)
 
 
 def claim(truncation, *, fixed_at=1, first_read_at=None):
-    return Claim((EVENT,), truncation, fixed_at, first_read_at)
+    return Claim((EVENT,), truncation, fixed_at, fixed_at, first_read_at)
 
 
 @pytest.mark.parametrize("relation", [ADD_REMOVE, REPLACE])
@@ -35,6 +35,21 @@ def test_cut_batches_of_all_releases_are_charged(relation):
 def test_cut_batches_within_the_usual_share_cost_nothing_more():
     tau = 0.4 * TRUNCATION_DELTA_SHARE * DELTA / (1 + math.exp(epsilon([EVENT], DELTA, ADD_REMOVE)))
     assert joint_epsilon([claim(tau)], DELTA, ADD_REMOVE) == epsilon([EVENT], DELTA, ADD_REMOVE)
+
+
+def test_shares_of_delta_follow_the_order_of_opening_alone():
+    """Basic composition: what happens to others after a release ran changes nothing of what it is charged."""
+    ran = Claim((EVENT,), 0.0, 2, 4, first_read_at=5)
+    later = Claim((EVENT,), 0.0, 3, 6, first_read_at=7)
+    shares = [DELTA / 2, DELTA / 6, DELTA / 12]
+    for first in (
+        Claim((EVENT,), 0.0, 1, 8, first_read_at=9),  # opened before, its plan bound after: still the first share
+        Claim((EVENT,), 0.0, 1, 1, None, withdrawn_at=2),
+        Claim((), 0.0, 1, 1, None, withdrawn_at=10),
+    ):
+        paid = shares[0 if first.withdrawn_at is None else 1 :]
+        expected = sum(epsilon([EVENT], share, REPLACE) for share in paid)
+        assert joint_epsilon([first, ran, later], DELTA, REPLACE) == expected
 
 
 @pytest.mark.parametrize("relation", [ADD_REMOVE, REPLACE])

@@ -187,6 +187,54 @@ def test_the_cap_is_held_by_a_filter_whose_order_outputs_cannot_choose(ledger_ur
             run_release(ledger, release_id=f"{name} 2", **asked)
 
 
+@pytest.mark.parametrize("filtered", [False, True])
+@pytest.mark.parametrize("cancelled", ["before an output", "after an output"])
+def test_a_plan_cancelled_after_an_output_counts_on(ledger_url, filtered, cancelled):
+    """PLD covers two plans of an account that the filter does not: calling one off later must not let a third follow.
+
+    Else delta would hold twice: once by PLD where it runs, once by the filter where it does not.
+    """
+    plan, small = plan_of(2.0), plan_of(30.0)
+    together = accounting.filter_epsilon(plan.events() * 2, DELTA, (plan_of(2.0, 2.0).epsilon(), DELTA))
+    cap = 1.02 * together if filtered else 1.001 * plan_of(2.0, 2.0).epsilon()
+    ledger = Ledger(ledger_url)
+    ledger.open_account("two", budget_epsilon=cap, delta=DELTA, relation="ADD_OR_REMOVE_ONE")
+    first, second = (
+        reserve(ledger, "two", release_id=name, plan=plan, epsilon=0.9 * plan.epsilon()) for name in ("r1", "r2")
+    )
+    for entry in (first, second):
+        ledger.bind_plan(entry.entry_id, plan)
+    if cancelled == "before an output":
+        ledger.close_failed(second.entry_id, reason="called off")
+    begin(ledger, first, "s0", plan)
+    ledger.close_failed(second.entry_id, reason="called off")
+    assert ledger.books().spent("two") == pytest.approx(plan.epsilon(), abs=1e-9)
+    refused = not filtered and cancelled == "after an output"
+    assert (ledger.books().left("two") == 0) is refused
+    with pytest.raises(BudgetError, match="cancelled after another had read") if refused else nullcontext():
+        run_release(ledger, "two", release_id="r3", plan=small)
+
+
+def test_a_hold_that_is_cancelled_after_an_output_frees_its_budget(ledger):
+    """No plan was fixed in it that PLD could have covered."""
+    entries = [reserve(ledger, release_id=f"r{i}", epsilon=1.5, plan=plan_of(3.0)) for i in range(2)]
+    ledger.bind_plan(entries[0].entry_id, plan_of(3.0))
+    begin(ledger, entries[0], "s0", plan_of(3.0))
+    before = ledger.books().left("a")
+    ledger.close_failed(entries[1].entry_id, reason="called off")
+    assert ledger.books().left("a") > before + 0.1
+
+
+def test_a_sealed_slot_counts_for_every_cohort_whatever_its_release_names(ledger):
+    """Who it reads was not fixed when the schedule was: naming a cohort later would take it off the others' bill."""
+    plan = plan_of(2.0)
+    ledger.seal("a", [plan])
+    entry = reserve(ledger, plan=plan, cohort="a month", epsilon=plan.epsilon())
+    assert reserve(ledger, plan=plan, cohort="a month", epsilon=plan.epsilon()) == entry, "a retry finds it"
+    reserve(ledger, release_id="r2", cohort="another", epsilon=0.5)
+    assert ledger.books().spent("a") > 1.02 * plan.epsilon()
+
+
 def test_two_releases_reserved_before_either_ran_compose_as_one_pld(ledger):
     entries = [reserve(ledger, release_id=f"r{i}", epsilon=1.0) for i in range(2)]
     for entry in entries:
