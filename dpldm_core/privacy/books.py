@@ -10,7 +10,7 @@ from typing import Any
 from dpldm_core.errors import BudgetError, LedgerError
 from dpldm_core.privacy import accounting
 from dpldm_core.privacy.accounting import NeighboringRelation
-from dpldm_core.privacy.budget import EVERY_COHORT, Claim, joint_epsilon, placeholder
+from dpldm_core.privacy.budget import EVERY_COHORT, Claim, counting_on, joint_epsilon, placeholder
 from dpldm_core.privacy.chain import Link
 from dpldm_core.privacy.plan import ReleasePlan
 
@@ -128,8 +128,15 @@ class Books:
         return self.entries[entry_id]
 
     def live(self, account: str) -> list[Entry]:
-        """Entries of an account that count."""
+        """Entries of an account that were not cancelled."""
         return [e for e in self.entries.values() if e.account == account and e.state != "cancelled"]
+
+    def counting_on(self, account: str) -> list[Entry]:
+        """Cancelled entries that stay in the way of further releases (docs/decisions/0007)."""
+        entries = [e for e in self.entries.values() if e.account == account]
+        claims = [e.claim() for e in entries]
+        kept = counting_on(claims)
+        return [e for e, claim in zip(entries, claims, strict=True) if claim in kept]
 
     def spent(self, account: str) -> float:
         """Joint epsilon of everything reserved on an account, at its delta; :meth:`check` is what holds to the cap."""
@@ -142,7 +149,8 @@ class Books:
         if math.isinf(opened.budget_epsilon):
             return math.inf
         claims, delta, relation = self.claims(account)
-        after = max((max(e.opened_at, e.first_read_at or 0) for e in self.entries.values()), default=0) + 1
+        opened_at = [*(e.opened_at for e in self.entries.values()), *(at for at, _ in opened.schedule)]
+        after = max([*opened_at, *(e.first_read_at or 0 for e in self.live(account))], default=0) + 1
         low, high = 0.0, opened.budget_epsilon
         while high - low > 1e-3 * opened.budget_epsilon:
             middle = (low + high) / 2
@@ -164,9 +172,8 @@ class Books:
         by = ", ".join(e.release_id for e in others.live(account)) or "no release"
         after = joint_epsilon(claims, opened.delta, relation, cap=opened.budget_epsilon)
         spent, left = others.spent(account), others.left(account)
-        alive = [c for c in claims if c.withdrawn_at is None]
-        late = self._fits(opened, alive, relation)  # a plan that was cancelled when outputs were known is in the way
-        counts = ", releases that were cancelled after another had read among it" if late else ""
+        late = ", ".join(e.release_id for e in self.counting_on(account))
+        counts = f" (with {late}, cancelled after another release had read, which counts on)" if late else ""
         raise BudgetError(
             f"the budget of account {account!r} does not cover release {asked!r}: of epsilon {opened.budget_epsilon:g} "
             f"(delta {opened.delta:g}, {relation.name}), {spent:.4g} is spent by {by}; with this release it would be "
@@ -177,11 +184,25 @@ class Books:
     def claims(self, account: str) -> tuple[list[Claim], float, NeighboringRelation]:
         """All claims of an account. One release that holds under REPLACE_ONE only moves the whole bill there."""
         opened, entries = self.account(account), [e for e in self.entries.values() if e.account == account]
-        live = self.live(account)
-        relations = {opened.relation, *(e.relation for e in live), *(p.relation for _, p in opened.schedule)}
+        on = [*self.live(account), *self.counting_on(account)]
+        relations = {opened.relation, *((e.plan or e).relation for e in on), *(p.relation for _, p in opened.schedule)}
         name = "REPLACE_ONE" if "REPLACE_ONE" in relations else opened.relation
         slots = [Claim(tuple(p.events()), p.truncation(), at, at, None) for at, p in opened.schedule]
         return [*(e.claim() for e in entries), *slots], opened.delta, accounting.relation_from_name(name)
+
+    def check_unit(self, account: str, plan: ReleasePlan) -> None:
+        """Refuse a plan that protects another kind of unit than the account's other plans: their costs do not add up.
+
+        Raises:
+            LedgerError: Says which units.
+        """
+        bound = [e.plan for e in self.live(account) if e.plan is not None]
+        for other in (*bound, *(p for _, p in self.account(account).schedule)):
+            if other.grouped != plan.grouped:
+                raise LedgerError(
+                    f"the plan protects {plan.unit_of_privacy}, but account {account!r} was billed for "
+                    f"{other.unit_of_privacy}: no sum of both says anything. Name another account in the config file"
+                )
 
     def _fits(self, account: Account, claims: Sequence[Claim], relation: NeighboringRelation) -> bool:
         cap = account.budget_epsilon

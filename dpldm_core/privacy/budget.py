@@ -7,7 +7,8 @@ accountant is not used, such plans add up by basic composition. Disjoint cohorts
 ADD_OR_REMOVE_ONE.
 
 Outputs may choose neither which of the two bounds holds nor what share of delta a plan has: what was fixed before the
-first output must fit the filter too before anything follows, whether or not some of it is cancelled later.
+first output must fit the filter too before anything follows, whether or not some of it is cancelled later
+(docs/decisions/0007).
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class Claim:
         fixed_at: Ledger link at which its events were fixed.
         first_read_at: Ledger link of its first mechanism's commit; None before.
         cohort: Declared set of units that it reads, disjoint from every other one; empty: all of them.
-        withdrawn_at: Ledger link at which it was cancelled, with no mechanism begun; None: it counts.
+        withdrawn_at: Ledger link at which it was cancelled, with no mechanism begun; None: it was not.
     """
 
     events: tuple[DpEvent, ...]
@@ -67,24 +68,45 @@ def joint_epsilon(
     Returns:
         An upper bound; infinite when no statement can be made.
     """
-    cohorts = {c.cohort for c in claims} - {EVERY_COHORT}
+    cohorts = _by_cohort(claims)
     if relation is not NeighboringRelation.ADD_OR_REMOVE_ONE or not cohorts:
         return _sequential(claims, delta, relation, cap)
-    return max(
-        _sequential([c for c in claims if c.cohort in (EVERY_COHORT, name)], delta, relation, cap) for name in cohorts
-    )
+    return max(_sequential(cohort, delta, relation, cap) for cohort in cohorts)
+
+
+def counting_on(claims: Sequence[Claim]) -> list[Claim]:
+    """Withdrawn claims that stay in the way of whatever would follow: fixed before an output, cancelled after it."""
+    before = [c for group in (claims, *_by_cohort(claims)) for c in _before_the_first_read(group)]
+    return [c for c in before if c.withdrawn_at is not None and c.events]
+
+
+def _by_cohort(claims: Sequence[Claim]) -> list[list[Claim]]:
+    """For every named cohort the claims on its units."""
+    names = {c.cohort for c in claims} - {EVERY_COHORT}
+    return [[c for c in claims if c.cohort in (EVERY_COHORT, name)] for name in names]
+
+
+def _first_read(claims: Sequence[Claim]) -> float:
+    return min((c.first_read_at for c in claims if c.first_read_at is not None), default=math.inf)
+
+
+def _before_the_first_read(claims: Sequence[Claim]) -> list[Claim]:
+    """What was fixed when the first mechanism began, and not cancelled yet."""
+    read = _first_read(claims)
+    return [c for c in claims if c.fixed_at < read < (c.withdrawn_at or math.inf)]
 
 
 def _sequential(claims: Sequence[Claim], delta: float, relation: NeighboringRelation, cap: float | None) -> float:
+    first_read = _first_read(claims)
     counted = [c for c in claims if c.withdrawn_at is None]
-    first_read = min((c.first_read_at for c in counted if c.first_read_at is not None), default=math.inf)
     if all(c.fixed_at <= first_read for c in counted):
         return _in_advance(counted, delta, relation)
-    spent = _chosen_by_outputs(claims, counted, delta, relation, cap)
-    before = [c for c in claims if c.fixed_at < first_read < (c.withdrawn_at or math.inf)]
+    ranked = [c for c in claims if (c.withdrawn_at or math.inf) > first_read]  # what was called off before stays out
+    spent = _chosen_by_outputs(ranked, counted, delta, relation, cap)
+    before = _before_the_first_read(claims)
     if cap is None or all(c.withdrawn_at is None for c in before):
         return spent
-    return max(spent, _chosen_by_outputs(claims, before, delta, relation, cap))
+    return max(spent, _chosen_by_outputs(ranked, before, delta, relation, cap))
 
 
 def _in_advance(counted: Sequence[Claim], delta: float, relation: NeighboringRelation) -> float:
@@ -97,13 +119,13 @@ def _in_advance(counted: Sequence[Claim], delta: float, relation: NeighboringRel
 
 
 def _chosen_by_outputs(
-    claims: Sequence[Claim],
+    ranked: Sequence[Claim],
     counted: Sequence[Claim],
     delta: float,
     relation: NeighboringRelation,
     cap: float | None,
 ) -> float:
-    """The Renyi filter, or basic composition under REPLACE_ONE, over those of all claims that count."""
+    """The Renyi filter, or basic composition under REPLACE_ONE, over those of the ranked claims that count."""
     truncation = sum(c.truncation for c in counted)
     if relation is NeighboringRelation.ADD_OR_REMOVE_ONE:
         events = [event for c in counted for event in c.events]
@@ -112,7 +134,7 @@ def _chosen_by_outputs(
         return _keeping_back(lambda d: bound(events, d * uncut), truncation, delta)
 
     def basic(d: float) -> float:  # shares 1/2, 1/6, 1/12, ... of delta in the order of opening; they sum to 1
-        ordered = enumerate(sorted(claims, key=lambda c: c.opened_at), start=1)
+        ordered = enumerate(sorted(ranked, key=lambda c: c.opened_at), start=1)
         shares = [(c, d / (i * (i + 1))) for i, c in ordered]
         return sum(accounting.epsilon(c.events, share, relation) for c, share in shares if c in counted)
 

@@ -12,6 +12,7 @@ from dpldm_core.errors import AccountingError, ConfigError
 from dpldm_core.privacy import accounting
 from dpldm_core.privacy.accounting import DpEvent, NeighboringRelation
 from dpldm_core.privacy.plan import (
+    ONE_RECORD,
     DpSgdPlan,
     GaussianRecordPlan,
     GaussianSumPlan,
@@ -64,7 +65,7 @@ def plan_release(config: ReleaseConfig, *, num_classes: int, latent_dim: int, gr
 
 def unit_of_privacy(config: ReleaseConfig, *, grouped: bool) -> str:
     """What one unit is, in words."""
-    return f"one person (at most {config.max_records_per_group} records)" if grouped else "one record"
+    return f"one person (at most {config.max_records_per_group} records)" if grouped else ONE_RECORD
 
 
 def private_mechanisms(

@@ -118,6 +118,10 @@ class Ledger:
             if account.schedule:
                 raise LedgerError(f"account {name!r} has a sealed schedule with {len(account.schedule)} releases to go")
             slots = tuple((len(links) + 1, plan) for plan in plans)
+            for plan in plans:
+                plan.check_relation(accounting.relation_from_name(plan.relation))
+                if not account.public:
+                    books.check_unit(name, plan)
             books.accounts[name] = replace(account, schedule=slots)
             _check_delta(account, max(plan.delta for plan in plans))
             books.check(name, "of the schedule")
@@ -184,14 +188,17 @@ class Ledger:
         def decide(links: list[Link]) -> Change | None:
             books = fold(links)
             entry = books.entry(entry_id)
+            if (plan.relation, plan.delta) != (entry.relation, entry.delta):
+                raise LedgerError(f"the plan states {plan.relation}, delta {plan.delta}; reserved was another promise")
             if entry.plan is not None:
                 if entry.plan.digest() == plan.digest():
                     return None
                 raise LedgerError(f"release {entry.release_id!r} is bound to another plan (or its sealed schedule is)")
             if entry.state != "reserved":
                 raise LedgerError(f"release {entry.release_id!r} is {entry.state}: no plan can be bound to it")
-            if (plan.relation, plan.delta) != (entry.relation, entry.delta):
-                raise LedgerError(f"the plan states {plan.relation}, delta {plan.delta}; reserved was another promise")
+            plan.check_relation(accounting.relation_from_name(plan.relation))
+            if not books.account(entry.account).public:
+                books.check_unit(entry.account, plan)
             books.entries[entry_id] = replace(entry, plan=plan, fixed_at=len(links) + 1)
             books.check(entry.account, entry.release_id)
             return Change("plan", {"entry_id": entry_id, "plan": plan.model_dump(mode="json")})
@@ -279,6 +286,7 @@ class Ledger:
     def close_failed(self, entry_id: str, *, reason: str) -> Entry:
         """Close a release that failed: cancelled when no mechanism began, else its cost stays for ever.
 
+        A plan that is cancelled when another release's output is known may count on (docs/decisions/0007).
         A failed release keeps its secret, so that the same run can still be resumed.
         """
 

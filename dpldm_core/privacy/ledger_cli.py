@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from dpldm_core.errors import BudgetError, DpldmError
+from dpldm_core.privacy.accounting import NeighboringRelation
 from dpldm_core.privacy.books import Books
 from dpldm_core.privacy.budget import Claim, joint_epsilon, placeholder
 from dpldm_core.privacy.ledger import Ledger, default_url
@@ -70,7 +71,7 @@ def _run(ledger: Ledger, arguments: argparse.Namespace) -> list[str]:
 
 def _statement(books: Books, name: str) -> list[str]:
     """One account in words."""
-    account, entries = books.account(name), books.live(name)
+    account, entries, late = books.account(name), books.live(name), books.counting_on(name)
     lines = [
         f"account {name}{' (public data)' * account.public}: epsilon {books.spent(name):.4f} of "
         f"{account.budget_epsilon:g} spent at delta {account.delta:g}, {account.relation}; left for one more release: "
@@ -79,6 +80,7 @@ def _statement(books: Books, name: str) -> list[str]:
     lines += [
         f"  {e.release_id:40s} {e.state:10s} epsilon {e.epsilon:g}  {', '.join(e.stages) or '-'}" for e in entries
     ]
+    lines += [f"  {e.release_id:40s} {e.state:10s} after another release had read: in the way still" for e in late]
     return lines + [f"  {len(account.schedule)} sealed releases to go"] * bool(account.schedule)
 
 
@@ -109,7 +111,9 @@ def _forecast(ledger: Ledger, arguments: argparse.Namespace) -> list[str]:
     if not arguments.plan and each is None:
         each = _largest(lambda e: joint(e, sealed=True) <= account.budget_epsilon, account.budget_epsilon)
     lines = [f"{count} more releases{f' of epsilon {each:.4g} each' if each is not None else ' of this plan'}:"]
-    for sealed, how in ((True, "sealed in advance (PLD)"), (False, "chosen one by one (Renyi filter)")):
+    chosen = "basic composition" if relation is NeighboringRelation.REPLACE_ONE else "Renyi filter"
+    at_once = "PLD" if all(c.first_read_at is None for c in claims) else chosen
+    for sealed, how in ((True, f"sealed in advance ({at_once})"), (False, f"chosen one by one ({chosen})")):
         total = joint(each, sealed=sealed)
         verdict = "fits" if total <= account.budget_epsilon else "exceeds"
         lines.append(f"  {how}: epsilon {total:.4f} in total, {verdict} the cap of {account.budget_epsilon:g}")

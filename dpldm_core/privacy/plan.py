@@ -176,6 +176,9 @@ MechanismPlan = Annotated[
 ]
 
 
+ONE_RECORD = "one record"
+
+
 class ReleasePlan(Frozen):
     """Every private mechanism of one release, and the statement they add up to."""
 
@@ -199,15 +202,28 @@ class ReleasePlan(Frozen):
             relation: Another relation than the statement's.
         """
         relation = relation or accounting.relation_from_name(self.relation)
+        self.check_relation(relation)
+        return accounting.epsilon(self.events(), self.delta, relation)
+
+    def check_relation(self, relation: NeighboringRelation) -> None:
+        """Refuse a relation that outputs of this plan have no statement under.
+
+        Raises:
+            AccountingError: Their number is that of the records.
+        """
         if relation is not NeighboringRelation.REPLACE_ONE:
             for m in self.mechanisms:
                 if isinstance(m, GaussianRecordPlan | LabelPlan):
                     raise AccountingError(f"{m.stage} shows how many records there are: state it under REPLACE_ONE")
-        return accounting.epsilon(self.events(), self.delta, relation)
 
     def truncation(self) -> float:
         """Sum over the steps of all DP-SGD stages of the probability that a batch is cut."""
         return sum(m.num_steps * m.truncation_probability for m in self.mechanisms if isinstance(m, DpSgdPlan))
+
+    @property
+    def grouped(self) -> bool:
+        """Whether one unit is a person, with all records, and not one record."""
+        return self.unit_of_privacy != ONE_RECORD
 
     def stages(self) -> list[str]:
         """Names of all private mechanisms, in order."""

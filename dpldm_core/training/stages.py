@@ -306,10 +306,18 @@ def teach_from_prior(decoder: Path, denoiser: Path, config: ReleaseConfig, schem
 
 @torch.no_grad()
 def reconstruct(autoencoder: Autoencoder, images: Tensor, *, batch_size: int = 1000) -> np.ndarray:
-    """Private images after encoding and decoding (private), uint8 [n, h, w, c]."""
+    """Private images after encoding and decoding (private), uint8 [n, h, w, c].
+
+    All batches have one size: kernels are chosen by it, and another way to round could change pixels of a record with
+    the number of the others.
+    """
     autoencoder.eval()
     device = next(autoencoder.parameters()).device
-    return np.concatenate([to_uint8(autoencoder(chunk.to(device))) for chunk in images.split(batch_size)])
+    decoded = []
+    for chunk in images.split(batch_size):
+        padded = torch.cat([chunk, chunk.new_zeros(batch_size - len(chunk), *chunk.shape[1:])])
+        decoded.append(to_uint8(autoencoder(padded.to(device)))[: len(chunk)])
+    return np.concatenate(decoded)
 
 
 def _units(records: Records, values: Tensor, config: ReleaseConfig) -> Units:

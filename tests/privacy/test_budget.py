@@ -44,10 +44,10 @@ def test_shares_of_delta_follow_the_order_of_opening_alone():
     shares = [DELTA / 2, DELTA / 6, DELTA / 12]
     for first in (
         Claim((EVENT,), 0.0, 1, 8, first_read_at=9),  # opened before, its plan bound after: still the first share
-        Claim((EVENT,), 0.0, 1, 1, None, withdrawn_at=2),
-        Claim((), 0.0, 1, 1, None, withdrawn_at=10),
+        Claim((EVENT,), 0.0, 1, 1, None, withdrawn_at=2),  # called off before any output: it never was there
+        Claim((), 0.0, 1, 1, None, withdrawn_at=10),  # after one: it keeps its share
     ):
-        paid = shares[0 if first.withdrawn_at is None else 1 :]
+        paid = shares[1:] if first.withdrawn_at == 10 else shares[: 3 - (first.withdrawn_at == 2)]
         expected = sum(epsilon([EVENT], share, REPLACE) for share in paid)
         assert joint_epsilon([first, ran, later], DELTA, REPLACE) == expected
 

@@ -11,12 +11,12 @@ from functools import partial
 import pytest
 import sqlalchemy as sa
 
-from dpldm_core.errors import BudgetError, LedgerError
+from dpldm_core.errors import AccountingError, BudgetError, LedgerError
 from dpldm_core.privacy import accounting
 from dpldm_core.privacy import chain as chain_module
 from dpldm_core.privacy.ledger import Ledger, default_url
-from dpldm_core.privacy.ledger_cli import main
-from dpldm_core.privacy.plan import GaussianRecordPlan, GaussianSumPlan, ReleasePlan
+from dpldm_core.privacy.ledger_cli import _statement, main
+from dpldm_core.privacy.plan import GaussianRecordPlan, GaussianSumPlan, LabelPlan, ReleasePlan
 
 FORK = multiprocessing.get_context("fork")
 DELTA = 1e-5
@@ -211,8 +211,118 @@ def test_a_plan_cancelled_after_an_output_counts_on(ledger_url, filtered, cancel
     assert ledger.books().spent("two") == pytest.approx(plan.epsilon(), abs=1e-9)
     refused = not filtered and cancelled == "after an output"
     assert (ledger.books().left("two") == 0) is refused
-    with pytest.raises(BudgetError, match="cancelled after another had read") if refused else nullcontext():
+    shown = "in the way still" in statement(ledger, "two")
+    assert shown is (cancelled == "after an output")
+    with pytest.raises(BudgetError, match="with r2, cancelled after another release") if refused else nullcontext():
         run_release(ledger, "two", release_id="r3", plan=small)
+
+
+def statement(ledger, account):
+    return "\n".join(_statement(ledger.books(), account))
+
+
+def test_a_plan_under_replace_one_that_is_cancelled_after_an_output_counts_on_under_it(ledger_url):
+    """Its events may be unknown under the account's relation; and there the bill would be about half of it."""
+    ledger = Ledger(ledger_url)
+    plan = plan_of(2.0)
+    local = ReleasePlan(
+        mechanisms=(
+            GaussianRecordPlan(stage="s0", max_norm=1.0, noise_multiplier=4.0),
+            LabelPlan(stage="s1", num_classes=10, labels_per_unit=1, noise_parameter=0.8),
+        ),
+        delta=DELTA,
+        relation="REPLACE_ONE",
+        unit_of_privacy="one record",
+    )
+    cap = 1.001 * accounting.epsilon(
+        [*plan.events(), *local.events()], DELTA, accounting.relation_from_name("REPLACE_ONE")
+    )
+    ledger.open_account("a", budget_epsilon=cap, delta=DELTA, relation="ADD_OR_REMOVE_ONE")
+    first = reserve(ledger, release_id="r1", plan=plan, epsilon=1.0)
+    ledger.bind_plan(first.entry_id, plan)
+    second = reserve(ledger, release_id="r2", plan=local, epsilon=1.0)
+    ledger.bind_plan(second.entry_id, local)
+    begin(ledger, first, "s0", plan)
+    ledger.close_failed(second.entry_id, reason="called off")
+    assert ledger.books().left("a") == 0.0
+    with pytest.raises(BudgetError, match="with r2, cancelled after another release"):
+        reserve(ledger, release_id="r3", plan=plan, epsilon=1.0)
+
+
+def test_what_failed_before_any_output_costs_no_share_of_delta(ledger_url):
+    spent = {}
+    for failures in (0, 3):
+        ledger = Ledger(ledger_url)
+        name = f"{failures} failures"
+        ledger.open_account(name, budget_epsilon=6.0, delta=DELTA, relation="REPLACE_ONE")
+        plan = plan_of(6.0, relation="REPLACE_ONE")
+        for i in range(failures):
+            entry = reserve(ledger, name, release_id=f"mistyped {i}", plan=plan, epsilon=1.0)
+            ledger.close_failed(entry.entry_id, reason="no such file")
+        for i in range(2):
+            run_release(ledger, name, release_id=f"r{i}", plan=plan)
+        spent[failures] = ledger.books().spent(name)
+        with pytest.raises(BudgetError) as refused:
+            reserve(ledger, name, release_id="r9", plan=plan, epsilon=6.0)
+        assert "cancelled" not in str(refused.value)
+    assert spent[0] == spent[3]
+
+
+def test_what_is_left_beside_open_slots_can_be_spent_under_replace_one(ledger_url):
+    ledger = Ledger(ledger_url)
+    ledger.open_account("a", budget_epsilon=6.0, delta=DELTA, relation="REPLACE_ONE")
+    plan = plan_of(12.0, relation="REPLACE_ONE")
+    run_release(ledger, plan=plan)
+    ledger.seal("a", [plan] * 2)
+    left = ledger.books().left("a")
+    for i in range(2):
+        run_release(ledger, release_id=f"slot {i}", plan=plan)
+    reserve(ledger, release_id="r9", plan=plan, epsilon=left)
+
+
+def test_plans_of_records_and_of_persons_are_not_added_up(ledger):
+    """Of a person with four records a release by records says no more than four times as much."""
+    records, person = plan_of(12.0), "one person (at most 4 records)"
+    persons = records.model_copy(update={"unit_of_privacy": person})
+    others = records.model_copy(update={"unit_of_privacy": "one person (at most 8 records)"})
+    run_release(ledger, plan=persons)
+    run_release(ledger, release_id="r2", plan=others)
+    entry = reserve(ledger, release_id="r3")
+    with pytest.raises(
+        LedgerError, match=r"protects one record, but account 'a' was billed for one person .* Name ano"
+    ):
+        ledger.bind_plan(entry.entry_id, records)
+    with pytest.raises(LedgerError, match="protects one record"):
+        ledger.seal("a", [records])
+    ledger.open_account("b", budget_epsilon=3.0, delta=DELTA, relation="ADD_OR_REMOVE_ONE")
+    ledger.seal("b", [records])
+    with pytest.raises(LedgerError, match="has a sealed schedule"):
+        ledger.seal("b", [persons])
+    slot = reserve(ledger, "b", release_id="r4")
+    ledger.bind_plan(slot.entry_id, records)
+
+
+def test_a_plan_without_a_statement_under_its_relation_is_not_bound(ledger):
+    plan = plan_of(8.0)
+    local = plan.model_copy(
+        update={"mechanisms": (GaussianRecordPlan(stage="s0", max_norm=1.0, noise_multiplier=8.0),)}
+    )
+    entry = reserve(ledger)
+    with pytest.raises(AccountingError, match="state it under REPLACE_ONE"):
+        ledger.bind_plan(entry.entry_id, local)
+    with pytest.raises(AccountingError, match="state it under REPLACE_ONE"):
+        ledger.seal("a", [local])
+
+
+def test_a_sealed_slot_is_billed_and_bound_under_its_own_relation(ledger):
+    ledger.raise_cap("a", 9.0)
+    sealed = plan_of(4.0, relation="REPLACE_ONE")
+    ledger.seal("a", [sealed])
+    before = ledger.books().spent("a")
+    entry = reserve(ledger, epsilon=1.0)  # under ADD_OR_REMOVE_ONE
+    assert ledger.books().spent("a") == before == pytest.approx(sealed.epsilon(), abs=1e-9)
+    with pytest.raises(LedgerError, match="reserved was another promise"):
+        ledger.bind_plan(entry.entry_id, sealed)
 
 
 def test_a_hold_that_is_cancelled_after_an_output_frees_its_budget(ledger):
@@ -652,14 +762,15 @@ def test_command_line(tmp_path, capsys):
     )
     status, message = run("open", "--account", "scans", "--budget-epsilon", "9")
     assert status == 1 and "--raise" in message
-    run_release(Ledger(url), "scans")
-    shown = run("show")[1]
-    assert f"epsilon {COST:.4f} of 8 spent" in shown and "r1" in shown and "published" in shown
     plan = tmp_path / "plan.json"
     plan.write_text(plan_of(9.0).model_dump_json())
     schedule = ("plan", "--account", "scans", "--releases", "3")
+    assert "sealed in advance (PLD)" in run(*schedule, "--plan", str(plan))[1]
+    run_release(Ledger(url), "scans")
+    shown = run("show")[1]
+    assert f"epsilon {COST:.4f} of 8 spent" in shown and "r1" in shown and "published" in shown
     cost = run(*schedule, "--plan", str(plan))[1]
-    assert "sealed in advance (PLD)" in cost and "fits the cap of 8" in cost
+    assert "sealed in advance (Renyi filter)" in cost and "fits the cap of 8" in cost
     assert "3 more releases of epsilon" in run(*schedule)[1]
     assert "exceeds the cap" in run(*schedule, "--epsilon", "7")[1]
     assert "sealed: 3 releases" in run(*schedule, "--plan", str(plan), "--seal")[1]

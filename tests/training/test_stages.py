@@ -336,6 +336,24 @@ def test_stages_that_the_plan_leaves_out_learn_from_procedural_images_alone(trai
     assert set(files["own"]) - same <= priors and not priors <= same
 
 
+def test_private_images_are_decoded_in_batches_of_one_size():
+    """A kernel that is chosen by the size of a batch may round otherwise: a record's pixels would follow the others."""
+    sizes = []
+
+    class Copying(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = torch.nn.Parameter(torch.ones(()))
+
+        def forward(self, x):
+            sizes.append(len(x))
+            return self.scale * x
+
+    images = np.random.default_rng(0).integers(0, 256, (7, 4, 4, 1), dtype=np.uint8)
+    assert np.array_equal(stages.reconstruct(Copying(), building.to_tensor(images), batch_size=3), images)
+    assert sizes == [3, 3, 3]
+
+
 def test_pixels_round_trip():
     images = np.arange(256, dtype=np.uint8).reshape(4, 8, 8, 1)
     assert np.array_equal(building.to_uint8(building.to_tensor(images)), images)
