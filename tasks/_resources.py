@@ -112,26 +112,33 @@ def sha256_of(path: str | os.PathLike[str]) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def begin_stage(release: Release, stage: str, data: str | os.PathLike[str]) -> SecretKey:
-    """Commit a stage to the ledger before it reads its data.
+class StageKeys:
+    """The keys of one task's stages; each is handed out when the ledger has its stage, before that reads its data.
 
     Args:
         release: The release, with its ledger entry.
-        stage: Stage of the plan.
-        data: The private file that the stage is about to read.
+        data: The private file that the stages are about to read.
 
-    Returns:
-        The stage's secret key, bound to plan, data, settings and code.
+    Attributes:
+        booked: Stages whose key was asked for.
     """
-    from dpldm_core.privacy.plan import ReleasePlan
 
-    digests = {
-        "data_digest": sha256_of(data),
-        "plan_digest": ReleasePlan.model_validate_json(release.plan).digest(),
-        "config_digest": release.release_config().digest(),
-        "code_digest": code_digest(),
-    }
-    return open_ledger().begin_stage(release.entry_id, stage, **digests)
+    def __init__(self, release: Release, data: str | os.PathLike[str]) -> None:
+        self._release, self._data = release, data
+        self.booked: list[str] = []
+
+    def __call__(self, stage: str) -> SecretKey:
+        """The secret key of a stage of the plan, bound to plan, data, settings and code."""
+        from dpldm_core.privacy.plan import ReleasePlan
+
+        self.booked.append(stage)
+        digests = {
+            "data_digest": sha256_of(self._data),
+            "plan_digest": ReleasePlan.model_validate_json(self._release.plan).digest(),
+            "config_digest": self._release.release_config().digest(),
+            "code_digest": code_digest(),
+        }
+        return open_ledger().begin_stage(self._release.entry_id, stage, **digests)
 
 
 def checkpoint(name: str) -> tuple[Path, Callable[[], None]]:

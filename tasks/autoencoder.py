@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from flytekit.types.file import FlyteFile
 
-from tasks._resources import GPU_TASK, begin_stage, checkpoint, dpldm_task, work_folder
+from tasks._resources import GPU_TASK, StageKeys, checkpoint, dpldm_task, work_folder
 from tasks.artifacts import PUBLIC, Codec, HashedCodec, PrivateData, Release
-
-if TYPE_CHECKING:
-    from dpldm_core.rng import SecretKey
 
 
 @dpldm_task(**GPU_TASK)
@@ -26,16 +21,11 @@ def train_autoencoder(release: Release, data: PrivateData) -> HashedCodec:
         train = data.train.download()
         resume, save = checkpoint(AUTOENCODER)
         attempt = Run(work_folder(AUTOENCODER), binding_of(train, release.plan), resume, save)
-        paid: list[str] = []
-
-        def key_of(stage: str) -> SecretKey:
-            paid.append(stage)
-            return begin_stage(release, stage, train)
-
+        key_of = StageKeys(release, train)
         autoencoder, decoder, curve = train_codec(train, release.release_config(), plan, key_of, attempt)
-        run.stage(plan, paid)
+        run.stage(plan, key_of.booked)
         run.private_input(release.account)
         run.curve("procedural_loss", curve)
         files = FlyteFile(str(autoencoder)), FlyteFile(str(decoder))
-        events = release.events_of(paid)
+        events = release.events_of(key_of.booked)
         return Codec(autoencoder=files[0], decoder=files[1], run_id=run.run_id, events=events, visibility=PUBLIC)

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from flytekit.types.file import FlyteFile
 
-from tasks._resources import GPU_TASK, begin_stage, checkpoint, dpldm_task, work_folder
+from tasks._resources import GPU_TASK, StageKeys, checkpoint, dpldm_task, work_folder
 from tasks.artifacts import PUBLIC, DiffusionModel, HashedDiffusionModel, Latents, Release
-
-if TYPE_CHECKING:
-    from dpldm_core.rng import SecretKey
 
 
 @dpldm_task(**GPU_TASK)
@@ -26,19 +21,14 @@ def train_diffusion(release: Release, latents: Latents) -> HashedDiffusionModel:
         private = latents.latents.download()
         resume, save = checkpoint("train_diffusion")
         binding = stages.binding_of(private, release.plan)
-        paid: list[str] = []
-
-        def key_of(stage: str) -> SecretKey:
-            paid.append(stage)
-            return begin_stage(release, stage, private)
-
+        key_of = StageKeys(release, private)
         attempt = stages.Run(work_folder("diffusion"), binding, resume, save)
         path, curve = stages.train_diffusion(
             private, latents.noise_std, release.release_config(), schema, plan, key_of, attempt
         )
-        run.stage(plan, paid)
+        run.stage(plan, key_of.booked)
         run.curve("released_latents_loss" if latents.noise_std else "procedural_loss", curve)
-        events = release.events_of(paid)
+        events = release.events_of(key_of.booked)
         return DiffusionModel(
             denoiser=FlyteFile(str(path)),
             noise_std=latents.noise_std,

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from flytekit.types.file import FlyteFile
 
-from tasks._resources import GPU_TASK, begin_stage, dpldm_task, inception_weights, work_folder
+from tasks._resources import GPU_TASK, StageKeys, dpldm_task, inception_weights, work_folder
 from tasks.artifacts import PRIVATE, Evaluation, HashedEvaluation, PrivateData, Release, Shard
-
-if TYPE_CHECKING:
-    from dpldm_core.rng import SecretKey
 
 
 @dpldm_task(**GPU_TASK)
@@ -23,14 +18,9 @@ def evaluate(release: Release, data: PrivateData, shards: list[Shard]) -> Hashed
     config, plan = release.release_config(), ReleasePlan.model_validate_json(release.plan)
     with _tracking.child_run(release.run_id, "evaluate") as run:
         parts, heldout = [shard.images.download() for shard in shards], data.heldout.download()
-        paid: list[str] = []
-
-        def key_of(stage: str) -> SecretKey:
-            paid.append(stage)
-            return begin_stage(release, stage, heldout)
-
+        key_of = StageKeys(release, heldout)
         released, classifier = release_accuracy(parts, heldout, config, plan, key_of)
-        run.stage(plan, paid)
+        run.stage(plan, key_of.booked)
         path, numbers = evaluate_files(
             parts,
             data.train.download(),
@@ -48,6 +38,6 @@ def evaluate(release: Release, data: PrivateData, shards: list[Shard]) -> Hashed
             metrics=FlyteFile(str(path)),
             released_metrics=released,
             run_id=run.run_id,
-            events=release.events_of(paid),
+            events=release.events_of(key_of.booked),
             visibility=PRIVATE,
         )

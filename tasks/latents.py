@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from flytekit.types.file import FlyteFile
 
-from tasks._resources import CPU_TASK, begin_stage, dpldm_task, work_folder
+from tasks._resources import CPU_TASK, StageKeys, dpldm_task, work_folder
 from tasks.artifacts import PRIVATE, PUBLIC, Codec, HashedLatents, Latents, PrivateData, Release
-
-if TYPE_CHECKING:
-    from dpldm_core.rng import SecretKey
 
 
 @dpldm_task(**CPU_TASK)
@@ -23,17 +18,12 @@ def extract_latents(release: Release, data: PrivateData, codec: Codec) -> Hashed
     plan = ReleasePlan.model_validate_json(release.plan)
     with _tracking.child_run(release.run_id, "extract_latents") as run:
         train, autoencoder = data.train.download(), codec.autoencoder.download()
-        paid: list[str] = []
-
-        def key_of(stage: str) -> SecretKey:
-            paid.append(stage)
-            return begin_stage(release, stage, train)
-
+        key_of = StageKeys(release, train)
         attempt = stages.Run(work_folder("latents"))
         path, noise_std = stages.extract_latents(train, autoencoder, release.release_config(), plan, key_of, attempt)
-        run.stage(plan, paid)
+        run.stage(plan, key_of.booked)
         run.private_input(release.account)
-        events, visibility = release.events_of(paid), PUBLIC if paid else PRIVATE
+        events, visibility = release.events_of(key_of.booked), PUBLIC if key_of.booked else PRIVATE
         return Latents(
             latents=FlyteFile(str(path)), noise_std=noise_std, run_id=run.run_id, events=events, visibility=visibility
         )

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from flytekit.types.file import FlyteFile
 
-from tasks._resources import GPU_TASK, begin_stage, checkpoint, dpldm_task, work_folder
+from tasks._resources import GPU_TASK, StageKeys, checkpoint, dpldm_task, work_folder
 from tasks.artifacts import PUBLIC, Codec, DiffusionModel, HashedTeacher, PrivateData, Release, Teacher
-
-if TYPE_CHECKING:
-    from dpldm_core.rng import SecretKey
 
 
 @dpldm_task(**GPU_TASK)
@@ -26,24 +22,21 @@ def train_teacher(release: Release, data: PrivateData, codec: Codec, model: Diff
 
     plan, config = ReleasePlan.model_validate_json(release.plan), release.release_config()
     schema = ImageSchema.model_validate_json(release.image_schema)
-    paid: list[str] = []
+    booked: list[str] = []
     with _tracking.child_run(release.run_id, TEACHER) as run:
         if TEACHER not in plan.stages() and not config.named_by_prior(schema.num_classes):
-            return Teacher(teacher=None, run_id=run.run_id, events=release.events_of(paid), visibility=PUBLIC)
+            return Teacher(teacher=None, run_id=run.run_id, events=release.events_of(booked), visibility=PUBLIC)
         decoder, denoiser = Path(codec.decoder.download()), Path(model.denoiser.download())
         if TEACHER in plan.stages():
             private, autoencoder = data.train.download(), Path(codec.autoencoder.download())
-
-            def key_of(stage: str) -> SecretKey:
-                paid.append(stage)
-                return begin_stage(release, stage, private)
-
+            key_of = StageKeys(release, private)
             resume, save = checkpoint(TEACHER)
             attempt = Run(work_folder(TEACHER), binding_of(private, release.plan), resume, save)
             path = train(Path(private), autoencoder, decoder, denoiser, config, plan, key_of, attempt)
-            run.stage(plan, paid)
+            booked = key_of.booked
+            run.stage(plan, booked)
             run.private_input(release.account)
         else:
             path = teach_from_prior(decoder, denoiser, config, schema, Run(work_folder(TEACHER)))
-        events = release.events_of(paid)
+        events = release.events_of(booked)
         return Teacher(teacher=FlyteFile(str(path)), run_id=run.run_id, events=events, visibility=PUBLIC)
