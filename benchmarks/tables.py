@@ -138,7 +138,7 @@ def quality_table() -> str:
     """One row per result file of benchmarks/quality.py."""
     rows = [
         f"| data | epsilon ({USUAL}) | preset | small CNN trained on it: accuracy, sd, max of n, images | on "
-        "real data | Frechet distance / floor | same epsilon, same run: accuracy, distance | minutes | machine |",
+        "real data | Frechet distance / floor | same epsilon, same run: accuracy, distance, processor seconds | minutes | machine |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     return "\n".join(rows + [_quality_row(result) for result in results_of_quality()])
@@ -151,7 +151,8 @@ def _quality_row(result: dict) -> str:
     frechet = measured[metric]
     deviation = f"{100 * accuracy['std']:.1f}" if accuracy["std"] is not None else "-"
     others = [
-        f"{BASELINES[name]} {100 * found['train_on_synthetic_accuracy']['mean']:.1f}, {found[metric]['distance']:.3g}"
+        f"{BASELINES[name]} {100 * found['train_on_synthetic_accuracy']['mean']:.1f}, {found[metric]['distance']:.3g}, "
+        f"{result['stages'][name]['cpu_seconds']:.0f}"
         for name, found in result.get("baselines", {}).items()
     ]
     promise = f"delta {result['delta']:g}, {result['neighboring_relation']}"
