@@ -73,12 +73,13 @@ def _experiment_id(client: MlflowClient) -> str:
     return client.create_experiment(EXPERIMENT, artifact_location=location)
 
 
-def open_run(release_id: str, execution_id: str) -> str:
+def open_run(release_id: str, execution_id: str, *, promise: str = "") -> str:
     """Open the parent run of a release; a retry of the same execution finds the one it already opened.
 
     Args:
         release_id: Name of the release and of the run.
         execution_id: Flyte's, or the local process.
+        promise: What is asked for, which tells the points of a sweep apart.
 
     Returns:
         The run's id.
@@ -92,6 +93,7 @@ def open_run(release_id: str, execution_id: str) -> str:
         if run.info.status == "RUNNING" and run.info.run_name == release_id:
             return run.info.run_id
     tags = {"flyte.execution_id": execution_id, "dpldm.release_id": release_id, "dpldm.kind": "release"}
+    tags |= {"dpldm.promise": promise}
     return client.create_run(experiment, run_name=release_id, tags=tags).info.run_id
 
 
@@ -100,10 +102,10 @@ def close_run(run_id: str, *, failed: bool = False) -> None:
     _client().set_terminated(run_id, "FAILED" if failed else "FINISHED")
 
 
-def find_open_runs(execution_id: str) -> list[str]:
-    """Parent runs of this execution that are still open."""
+def find_open_runs(execution_id: str, *, promise: str) -> list[str]:
+    """Parent runs of this execution with this promise that are still open."""
     client = _client()
-    query = f"tags.`flyte.execution_id` = '{execution_id}' and tags.`dpldm.kind` = 'release'"
+    query = f"tags.`flyte.execution_id` = '{execution_id}' and tags.`dpldm.promise` = '{promise}'"
     runs = client.search_runs([_experiment_id(client)], query)
     return [run.info.run_id for run in runs if run.info.status == "RUNNING"]
 

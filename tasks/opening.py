@@ -49,7 +49,7 @@ def open_release(
         inception_weights=inception_weights(),
     )
     ledger = open_ledger()
-    run_id = _tracking.open_run(request.release_id, execution_id())
+    run_id = _tracking.open_run(request.release_id, execution_id(), promise=_promise(epsilon, delta))
     try:
         ledger.open_account(
             request.account,
@@ -72,7 +72,7 @@ def open_release(
         decision = decide(request, data_root=data_root(), cache_dir=download_folder())
         ledger.bind_plan(entry.entry_id, decision.plan)
     except Exception:
-        close_failed_execution()
+        _close(epsilon, delta)
         raise
     _tracking.Run(run_id).params(**decision.public_parameters())
     print(decision.summary())
@@ -105,15 +105,20 @@ def close_failed_release(
     err: FlyteError | None = None,
 ) -> None:
     """Close the MLflow run and leave the ledger truthful: only a hold on data that no mechanism read is lifted."""
-    close_failed_execution()
+    _close(epsilon, delta)
 
 
-def close_failed_execution() -> None:
-    """Close what this execution left open in the ledger and in MLflow."""
+def _close(epsilon: float, delta: float) -> None:
+    """Close what this release left open in the ledger and in MLflow, not what other points of a sweep have."""
     from tasks import _tracking
 
     ledger = open_ledger()
     for entry in ledger.find(execution_id=execution_id()):
-        ledger.close_failed(entry.entry_id, reason="the pipeline failed")
-    for run_id in _tracking.find_open_runs(execution_id()):
+        if (entry.epsilon, entry.delta) == (epsilon, delta):
+            ledger.close_failed(entry.entry_id, reason="the pipeline failed")
+    for run_id in _tracking.find_open_runs(execution_id(), promise=_promise(epsilon, delta)):
         _tracking.close_run(run_id, failed=True)
+
+
+def _promise(epsilon: float, delta: float) -> str:
+    return f"epsilon={epsilon!r}, delta={delta!r}"

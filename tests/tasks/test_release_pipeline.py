@@ -14,7 +14,7 @@ from dpldm_core.privacy.ledger import Ledger
 from dpldm_core.release.synthetic import read_synthetic
 from dpldm_core.release.verify import verify_bundle
 from dpldm_core.rng import SecretKey
-from tasks.opening import open_release
+from tasks.opening import close_failed_release, open_release
 from tests.tasks.conftest import NUM_RECORDS, drawings
 from workflows.release import release_pipeline, resample_pipeline
 
@@ -293,6 +293,23 @@ def test_another_attempt_at_opening_keeps_the_name_that_the_first_one_reserved(m
     [entry] = ledger.books().entries.values()
     assert first.release_id == again.release_id == entry.release_id
     assert first.entry_id == again.entry_id == entry.entry_id
+
+
+def test_a_point_of_a_sweep_that_is_refused_closes_no_other_one(machine, own_data, ledger):
+    """They share one execution, and on a cluster they run side by side."""
+    inputs = {"dataset": own_data, "delta": 1e-5, "preset": "smoke", "num_samples": 40, "latent_mechanism": "dp_sgd"}
+    inputs |= {"budget_epsilon": 5.0, "out": str(machine / "releases"), "config": "", "publish_metrics": False}
+    running = open_release(**inputs, epsilon=5.0).release
+    with pytest.raises(BudgetError, match="does not cover"):
+        open_release(**inputs, epsilon=4.0)
+    [entry] = ledger.books().entries.values()
+    assert (entry.entry_id, entry.state) == (running.entry_id, "reserved")
+    assert sorted(r.info.status for r in runs()) == ["FAILED", "RUNNING"]
+    close_failed_release(**inputs, epsilon=4.0)
+    assert ledger.books().entry(running.entry_id).state == "reserved"
+    close_failed_release(**inputs, epsilon=5.0)
+    assert ledger.books().entry(running.entry_id).state == "cancelled"
+    assert [r.info.status for r in runs()] == ["FAILED", "FAILED"]
 
 
 def test_nothing_is_written_of_a_release_whose_books_are_not_whole(machine, small_mnist, ledger, monkeypatch):
