@@ -138,8 +138,8 @@ def quality_table() -> str:
     """One row per result file of benchmarks/quality.py."""
     rows = [
         f"| data | epsilon ({USUAL}) | preset | small CNN trained on it: accuracy, sd, max of n, images | on "
-        "real data | Frechet distance / floor | same epsilon, same run: accuracy, distance, processor seconds | minutes "
-        "| machine |",
+        "real data | Frechet distance / floor | same epsilon, same run: accuracy, distance, processor seconds | "
+        "minutes | machine |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     return "\n".join(rows + [_quality_row(result) for result in results_of_quality()])
