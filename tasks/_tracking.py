@@ -79,7 +79,7 @@ def open_run(release_id: str, execution_id: str, *, promise: str = "") -> str:
     Args:
         release_id: Name of the release and of the run.
         execution_id: Flyte's, or the local process.
-        promise: What is asked for, which tells the points of a sweep apart.
+        promise: What is asked for, which tells releases of one execution apart and attempts at one together.
 
     Returns:
         The run's id.
@@ -90,7 +90,8 @@ def open_run(release_id: str, execution_id: str, *, promise: str = "") -> str:
     client = _client()
     experiment = _experiment_id(client)
     for run in client.search_runs([experiment], f"tags.`flyte.execution_id` = '{execution_id}'"):
-        if run.info.status == "RUNNING" and run.info.run_name == release_id:
+        same = run.data.tags.get("dpldm.promise") == promise if promise else run.info.run_name == release_id
+        if run.info.status == "RUNNING" and same:
             return run.info.run_id
     tags = {"flyte.execution_id": execution_id, "dpldm.release_id": release_id, "dpldm.kind": "release"}
     tags |= {"dpldm.promise": promise}
@@ -102,10 +103,11 @@ def close_run(run_id: str, *, failed: bool = False) -> None:
     _client().set_terminated(run_id, "FAILED" if failed else "FINISHED")
 
 
-def find_open_runs(execution_id: str, *, promise: str) -> list[str]:
-    """Parent runs of this execution with this promise that are still open."""
+def find_open_runs(execution_id: str, *, promise: str = "") -> list[str]:
+    """Parent runs of this execution that are still open: all, or those with one promise."""
     client = _client()
-    query = f"tags.`flyte.execution_id` = '{execution_id}' and tags.`dpldm.promise` = '{promise}'"
+    query = f"tags.`flyte.execution_id` = '{execution_id}' and tags.`dpldm.kind` = 'release'"
+    query += f" and tags.`dpldm.promise` = '{promise}'" if promise else ""
     runs = client.search_runs([_experiment_id(client)], query)
     return [run.info.run_id for run in runs if run.info.status == "RUNNING"]
 

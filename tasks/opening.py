@@ -1,12 +1,11 @@
-"""open_release: everything is checked and reserved before the private data is read; and the failure handler."""
+"""open_release: everything is checked and reserved before the private data is read."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from typing import NamedTuple
 
-from flytekit.types.error import FlyteError
-
+from tasks._closing import close_release, promise_of
 from tasks._resources import SMALL, data_root, download_folder, dpldm_task, execution_id, inception_weights, open_ledger
 from tasks.artifacts import PUBLIC, Release
 
@@ -48,8 +47,9 @@ def open_release(
         publish_metrics=publish_metrics,
         inception_weights=inception_weights(),
     )
+    promise = promise_of(dataset, epsilon, delta, preset, latent_mechanism, config)
     ledger = open_ledger()
-    run_id = _tracking.open_run(request.release_id, execution_id(), promise=_promise(epsilon, delta))
+    run_id = _tracking.open_run(request.release_id, execution_id(), promise=promise)
     try:
         ledger.open_account(
             request.account,
@@ -72,7 +72,7 @@ def open_release(
         decision = decide(request, data_root=data_root(), cache_dir=download_folder())
         ledger.bind_plan(entry.entry_id, decision.plan)
     except Exception:
-        _close(epsilon, delta)
+        close_release(promise, epsilon, delta)
         raise
     _tracking.Run(run_id).params(**decision.public_parameters())
     print(decision.summary())
@@ -88,37 +88,3 @@ def open_release(
         visibility=PUBLIC,
     )
     return Opened(release, list(range(request.config.sampling.num_shards)))
-
-
-@dpldm_task(**SMALL)
-def close_failed_release(
-    dataset: str,
-    epsilon: float,
-    delta: float,
-    preset: str,
-    num_samples: int,
-    latent_mechanism: str,
-    budget_epsilon: float,
-    out: str,
-    config: str,
-    publish_metrics: bool,
-    err: FlyteError | None = None,
-) -> None:
-    """Close the MLflow run and leave the ledger truthful: only a hold on data that no mechanism read is lifted."""
-    _close(epsilon, delta)
-
-
-def _close(epsilon: float, delta: float) -> None:
-    """Close what this release left open in the ledger and in MLflow, not what other points of a sweep have."""
-    from tasks import _tracking
-
-    ledger = open_ledger()
-    for entry in ledger.find(execution_id=execution_id()):
-        if (entry.epsilon, entry.delta) == (epsilon, delta):
-            ledger.close_failed(entry.entry_id, reason="the pipeline failed")
-    for run_id in _tracking.find_open_runs(execution_id(), promise=_promise(epsilon, delta)):
-        _tracking.close_run(run_id, failed=True)
-
-
-def _promise(epsilon: float, delta: float) -> str:
-    return f"epsilon={epsilon!r}, delta={delta!r}"

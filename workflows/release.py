@@ -8,11 +8,12 @@ from typing import NamedTuple
 from flytekit import map_task, workflow
 
 from tasks.autoencoder import train_autoencoder
+from tasks.closing import close_failed_release
 from tasks.diffusion import train_diffusion
 from tasks.evaluation import evaluate
 from tasks.ingestion import ingest
 from tasks.latents import extract_latents
-from tasks.opening import close_failed_release, open_release
+from tasks.opening import open_release
 from tasks.publication import publish, resample
 from tasks.sampling import sample_shard
 from tasks.teacher import train_teacher

@@ -7,6 +7,7 @@ from typing import NamedTuple
 from flytekit import dynamic, workflow
 
 from tasks._resources import SMALL
+from tasks.closing import close_failed_sweep
 from tasks.sweep import check_sweep, write_curve
 from workflows.release import release_pipeline
 
@@ -47,7 +48,7 @@ def release_each(
     ]
 
 
-@workflow
+@workflow(on_failure=close_failed_sweep)
 def sweep_pipeline(
     epsilons: list[float],
     dataset: str = "mnist5k",

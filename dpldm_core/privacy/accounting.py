@@ -11,6 +11,7 @@ itself under REPLACE_ONE. (RdpAccountant does not, so it is never asked under RE
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
 from importlib.metadata import version
@@ -161,7 +162,7 @@ def rdp_epsilon(events: Sequence[DpEvent], delta: float) -> float:
     found = math.inf
     for orders in ([*range(2, 65), *range(72, 257, 8), 512], [1024, 4096, 16384]):
         accountant = RdpAccountant(orders, neighboring_relation=NeighboringRelation.ADD_OR_REMOVE_ONE)
-        bound, best = accountant.compose(compose(events)).get_epsilon_and_optimal_order(delta)
+        bound, best = accountant.compose(_counted(events)).get_epsilon_and_optimal_order(delta)
         found = min(found, float(bound))
         if best != orders[-1]:
             break  # large orders take long, and are the best for tiny epsilons alone
@@ -193,7 +194,12 @@ def filter_epsilon(events: Sequence[DpEvent], delta: float, cap: tuple[float, fl
 
 def _rdp_epsilon_of(order: int, events: Sequence[DpEvent], delta: float) -> float:
     accountant = RdpAccountant([order], neighboring_relation=NeighboringRelation.ADD_OR_REMOVE_ONE)
-    return float(accountant.compose(compose(events)).get_epsilon(delta))
+    return float(accountant.compose(_counted(events)).get_epsilon(delta))
+
+
+def _counted(events: Sequence[DpEvent]) -> DpEvent:
+    """All events, equal ones once with their number: releases of one plan cost the accountant no more than one."""
+    return compose([dpe.SelfComposedDpEvent(event, count) for event, count in Counter(events).items()])
 
 
 def _best_order(epsilon: float, delta: float) -> int:

@@ -97,6 +97,7 @@ class Entry:
             first_read_at=self.first_read_at,
             cohort=EVERY_COHORT if self.sealed else self.cohort,
             withdrawn_at=self.cancelled_at,
+            held=self.plan is None,
         )
 
 
@@ -131,11 +132,11 @@ class Books:
         """Entries of an account that were not cancelled."""
         return [e for e in self.entries.values() if e.account == account and e.state != "cancelled"]
 
-    def counting_on(self, account: str) -> list[Entry]:
-        """Cancelled entries that stay in the way of further releases (docs/decisions/0007)."""
+    def counting_on(self, account: str, *relations: NeighboringRelation) -> list[Entry]:
+        """Cancelled entries that stay in the way of further releases under a relation (docs/decisions/0007)."""
         entries = [e for e in self.entries.values() if e.account == account]
         claims = [e.claim() for e in entries]
-        kept = counting_on(claims)
+        kept = [c for relation in relations for c in counting_on(claims, relation)]
         return [e for e, claim in zip(entries, claims, strict=True) if claim in kept]
 
     def spent(self, account: str) -> float:
@@ -172,7 +173,7 @@ class Books:
         by = ", ".join(e.release_id for e in others.live(account)) or "no release"
         after = joint_epsilon(claims, opened.delta, relation, cap=opened.budget_epsilon)
         spent, left = others.spent(account), others.left(account)
-        late = ", ".join(e.release_id for e in self.counting_on(account))
+        late = ", ".join(e.release_id for e in self.counting_on(account, relation))
         counts = f" (with {late}, cancelled after another release had read, which counts on)" if late else ""
         raise BudgetError(
             f"the budget of account {account!r} does not cover release {asked!r}: of epsilon {opened.budget_epsilon:g} "
@@ -184,7 +185,7 @@ class Books:
     def claims(self, account: str) -> tuple[list[Claim], float, NeighboringRelation]:
         """All claims of an account. One release that holds under REPLACE_ONE only moves the whole bill there."""
         opened, entries = self.account(account), [e for e in self.entries.values() if e.account == account]
-        on = [*self.live(account), *self.counting_on(account)]
+        on = [*self.live(account), *self.counting_on(account, *NeighboringRelation)]
         relations = {opened.relation, *((e.plan or e).relation for e in on), *(p.relation for _, p in opened.schedule)}
         name = "REPLACE_ONE" if "REPLACE_ONE" in relations else opened.relation
         slots = [Claim(tuple(p.events()), p.truncation(), at, at, None) for at, p in opened.schedule]

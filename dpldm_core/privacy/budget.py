@@ -36,6 +36,7 @@ class Claim:
         first_read_at: Ledger link of its first mechanism's commit; None before.
         cohort: Declared set of units that it reads, disjoint from every other one; empty: all of them.
         withdrawn_at: Ledger link at which it was cancelled, with no mechanism begun; None: it was not.
+        held: Whether its events stand for a plan that is not made yet.
     """
 
     events: tuple[DpEvent, ...]
@@ -45,6 +46,7 @@ class Claim:
     first_read_at: int | None
     cohort: str = EVERY_COHORT
     withdrawn_at: int | None = None
+    held: bool = False
 
 
 def placeholder(epsilon: float, delta: float, relation: NeighboringRelation) -> DpEvent:
@@ -68,21 +70,20 @@ def joint_epsilon(
     Returns:
         An upper bound; infinite when no statement can be made.
     """
-    cohorts = _by_cohort(claims)
-    if relation is not NeighboringRelation.ADD_OR_REMOVE_ONE or not cohorts:
-        return _sequential(claims, delta, relation, cap)
-    return max(_sequential(cohort, delta, relation, cap) for cohort in cohorts)
+    return max(_sequential(group, delta, relation, cap) for group in _groups(claims, relation))
 
 
-def counting_on(claims: Sequence[Claim]) -> list[Claim]:
+def counting_on(claims: Sequence[Claim], relation: NeighboringRelation) -> list[Claim]:
     """Withdrawn claims that stay in the way of whatever would follow: fixed before an output, cancelled after it."""
-    before = [c for group in (claims, *_by_cohort(claims)) for c in _before_the_first_read(group)]
+    before = [c for group in _groups(claims, relation) for c in _before_the_first_read(group)]
     return [c for c in before if c.withdrawn_at is not None and c.events]
 
 
-def _by_cohort(claims: Sequence[Claim]) -> list[list[Claim]]:
-    """For every named cohort the claims on its units."""
+def _groups(claims: Sequence[Claim], relation: NeighboringRelation) -> list[list[Claim]]:
+    """The claims that meet the same units: those of each cohort where cohorts compose in parallel, else all."""
     names = {c.cohort for c in claims} - {EVERY_COHORT}
+    if relation is not NeighboringRelation.ADD_OR_REMOVE_ONE or not names:
+        return [list(claims)]
     return [[c for c in claims if c.cohort in (EVERY_COHORT, name)] for name in names]
 
 
@@ -91,9 +92,9 @@ def _first_read(claims: Sequence[Claim]) -> float:
 
 
 def _before_the_first_read(claims: Sequence[Claim]) -> list[Claim]:
-    """What was fixed when the first mechanism began, and not cancelled yet."""
+    """The plans that were fixed when the first mechanism began, and not cancelled yet."""
     read = _first_read(claims)
-    return [c for c in claims if c.fixed_at < read < (c.withdrawn_at or math.inf)]
+    return [c for c in claims if not c.held and c.fixed_at < read < (c.withdrawn_at or math.inf)]
 
 
 def _sequential(claims: Sequence[Claim], delta: float, relation: NeighboringRelation, cap: float | None) -> float:

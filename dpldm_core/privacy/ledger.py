@@ -118,6 +118,8 @@ class Ledger:
             if account.schedule:
                 raise LedgerError(f"account {name!r} has a sealed schedule with {len(account.schedule)} releases to go")
             slots = tuple((len(links) + 1, plan) for plan in plans)
+            if len({plan.grouped for plan in plans}) > 1:
+                raise LedgerError("the schedule holds plans of records and of persons: no sum of both says anything")
             for plan in plans:
                 plan.check_relation(accounting.relation_from_name(plan.relation))
                 if not account.public:
@@ -170,6 +172,12 @@ class Ledger:
             if any(same(entry) for entry in books.entries.values()):
                 return None
             _check_delta(books.account(account), delta)
+            for _, sealed in books.account(account).schedule[:1]:  # which this release would take
+                if (sealed.relation, sealed.delta) != (relation, delta):
+                    raise LedgerError(
+                        f"the next release of account {account!r} is sealed: {sealed.relation}, delta "
+                        f"{sealed.delta:g}; asked was {relation}, delta {delta:g}"
+                    )
             after = fold([*links, Link(len(links) + 1, "", "reserve", body, "")])
             after.check(account, release_id)
             return Change("reserve", body, new_secret=(str(body["entry_id"]), SecretKey.generate().secret))

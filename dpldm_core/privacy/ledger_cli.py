@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from dpldm_core.errors import BudgetError, DpldmError
+from dpldm_core.privacy import accounting
 from dpldm_core.privacy.accounting import NeighboringRelation
 from dpldm_core.privacy.books import Books
 from dpldm_core.privacy.budget import Claim, joint_epsilon, placeholder
@@ -71,10 +72,11 @@ def _run(ledger: Ledger, arguments: argparse.Namespace) -> list[str]:
 
 def _statement(books: Books, name: str) -> list[str]:
     """One account in words."""
-    account, entries, late = books.account(name), books.live(name), books.counting_on(name)
+    account, entries, relation = books.account(name), books.live(name), books.claims(name)[2]
+    late = [] if math.isinf(account.budget_epsilon) else books.counting_on(name, relation)
     lines = [
         f"account {name}{' (public data)' * account.public}: epsilon {books.spent(name):.4f} of "
-        f"{account.budget_epsilon:g} spent at delta {account.delta:g}, {account.relation}; left for one more release: "
+        f"{account.budget_epsilon:g} spent at delta {account.delta:g}, {relation.name}; left for one more release: "
         f"about {books.left(name):.3f}"
     ]
     lines += [
@@ -97,6 +99,11 @@ def _forecast(ledger: Ledger, arguments: argparse.Namespace) -> list[str]:
             return [f"sealed: {count} releases of plan {plan.digest()[:12]} on account {account.name}"]
         events, truncation = tuple(plan.events()), plan.truncation()
     claims, delta, relation = books.claims(account.name)
+    if arguments.plan:
+        plan.check_relation(accounting.relation_from_name(plan.relation))
+        if not account.public:
+            books.check_unit(account.name, plan)
+        relation = NeighboringRelation.REPLACE_ONE if plan.relation == "REPLACE_ONE" else relation
     following = len(ledger.links()) + 1
     cap = None if math.isinf(account.budget_epsilon) else account.budget_epsilon
 

@@ -294,6 +294,8 @@ def test_plans_of_records_and_of_persons_are_not_added_up(ledger):
         ledger.bind_plan(entry.entry_id, records)
     with pytest.raises(LedgerError, match="protects one record"):
         ledger.seal("a", [records])
+    with pytest.raises(LedgerError, match="plans of records and of persons"):
+        ledger.seal("a", [records, persons])
     ledger.open_account("b", budget_epsilon=3.0, delta=DELTA, relation="ADD_OR_REMOVE_ONE")
     ledger.seal("b", [records])
     with pytest.raises(LedgerError, match="has a sealed schedule"):
@@ -314,15 +316,42 @@ def test_a_plan_without_a_statement_under_its_relation_is_not_bound(ledger):
         ledger.seal("a", [local])
 
 
-def test_a_sealed_slot_is_billed_and_bound_under_its_own_relation(ledger):
+def test_a_sealed_slot_is_taken_under_its_own_relation_only(ledger):
     ledger.raise_cap("a", 9.0)
     sealed = plan_of(4.0, relation="REPLACE_ONE")
     ledger.seal("a", [sealed])
-    before = ledger.books().spent("a")
-    entry = reserve(ledger, epsilon=1.0)  # under ADD_OR_REMOVE_ONE
-    assert ledger.books().spent("a") == before == pytest.approx(sealed.epsilon(), abs=1e-9)
-    with pytest.raises(LedgerError, match="reserved was another promise"):
-        ledger.bind_plan(entry.entry_id, sealed)
+    with pytest.raises(LedgerError, match="is sealed: REPLACE_ONE, delta 1e-05; asked was ADD_OR_REMOVE_ONE"):
+        reserve(ledger, epsilon=1.0)
+    assert len(ledger.books().account("a").schedule) == 1
+    entry = reserve(ledger, plan=sealed, epsilon=1.0)
+    ledger.bind_plan(entry.entry_id, sealed)
+    assert ledger.books().spent("a") == pytest.approx(sealed.epsilon(), abs=1e-9)
+
+
+def test_a_plan_that_is_only_held_yet_does_not_bind_what_follows(ledger_url):
+    """Nothing of it can have run by PLD: bound, it would be held to the filter like everything that follows."""
+    plan, small = plan_of(3.0), plan_of(25.0)
+    cap = 1.03 * plan_of(3.0, 3.0, 4.0).epsilon()
+    ledger = Ledger(ledger_url)
+    ledger.open_account("a", budget_epsilon=cap, delta=DELTA, relation="ADD_OR_REMOVE_ONE")
+    first, second = (reserve(ledger, release_id=n, plan=plan, epsilon=0.9 * plan.epsilon()) for n in ("r1", "r2"))
+    for entry in (first, second):
+        ledger.bind_plan(entry.entry_id, plan)
+    reserve(ledger, release_id="held", plan=plan, epsilon=0.99 * plan_of(4.0).epsilon())
+    begin(ledger, first, "s0", plan)
+    ledger.close_failed(second.entry_id, reason="called off")
+    assert ledger.books().left("a") > small.epsilon()
+    run_release(ledger, release_id="r4", plan=small)
+
+
+def test_a_cancelled_plan_of_another_cohort_is_in_nobodys_way(ledger):
+    plan = plan_of(4.0)
+    entries = {c: reserve(ledger, release_id=c, plan=plan, epsilon=1.0, cohort=c) for c in ("x", "y")}
+    for entry in entries.values():
+        ledger.bind_plan(entry.entry_id, plan)
+    begin(ledger, entries["x"], "s0", plan)
+    ledger.close_failed(entries["y"].entry_id, reason="called off")
+    assert "in the way still" not in statement(ledger, "a")
 
 
 def test_a_hold_that_is_cancelled_after_an_output_frees_its_budget(ledger):
@@ -771,6 +800,12 @@ def test_command_line(tmp_path, capsys):
     assert f"epsilon {COST:.4f} of 8 spent" in shown and "r1" in shown and "published" in shown
     cost = run(*schedule, "--plan", str(plan))[1]
     assert "sealed in advance (Renyi filter)" in cost and "fits the cap of 8" in cost
+    replaced = tmp_path / "replaced.json"
+    replaced.write_text(plan_of(9.0, relation="REPLACE_ONE").model_dump_json())
+    assert "chosen one by one (basic composition)" in run(*schedule, "--plan", str(replaced))[1]
+    persons = plan_of(9.0).model_copy(update={"unit_of_privacy": "one person (at most 4 records)"})
+    replaced.write_text(persons.model_dump_json())
+    assert "protects one person" in run(*schedule, "--plan", str(replaced))[1]
     assert "3 more releases of epsilon" in run(*schedule)[1]
     assert "exceeds the cap" in run(*schedule, "--epsilon", "7")[1]
     assert "sealed: 3 releases" in run(*schedule, "--plan", str(plan), "--seal")[1]

@@ -52,6 +52,7 @@ def test_caching_covers_the_code_and_never_the_ledger(package):
         books = name.rsplit(".", 1)[1] in (
             "open_release",
             "close_failed_release",
+            "close_failed_sweep",
             "publish",
             "resample",
             "audit_stages",
@@ -66,7 +67,9 @@ def test_caching_covers_the_code_and_never_the_ledger(package):
 
 def test_stages_in_order_and_a_failure_node(package):
     workflow = package.workflows["workflows.release.release_pipeline"]
-    assert workflow.failure_node.task_node.reference_id.name == "tasks.opening.close_failed_release"
+    assert workflow.failure_node.task_node.reference_id.name == "tasks.closing.close_failed_release"
+    sweep = package.workflows["workflows.sweep.sweep_pipeline"]
+    assert sweep.failure_node.task_node.reference_id.name == "tasks.closing.close_failed_sweep"
     upstream = {n.id: set(n.upstream_node_ids) for n in workflow.nodes}
     kinds = {n.id: n.WhichOneof("target") for n in workflow.nodes}
     assert list(kinds.values()).count("array_node") == 1

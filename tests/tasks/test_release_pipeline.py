@@ -14,7 +14,8 @@ from dpldm_core.privacy.ledger import Ledger
 from dpldm_core.release.synthetic import read_synthetic
 from dpldm_core.release.verify import verify_bundle
 from dpldm_core.rng import SecretKey
-from tasks.opening import close_failed_release, open_release
+from tasks.closing import close_failed_release, close_failed_sweep
+from tasks.opening import open_release
 from tests.tasks.conftest import NUM_RECORDS, drawings
 from workflows.release import release_pipeline, resample_pipeline
 
@@ -292,6 +293,7 @@ def test_another_attempt_at_opening_keeps_the_name_that_the_first_one_reserved(m
     first, again = (open_release(**inputs, publish_metrics=False).release for _ in range(2))
     [entry] = ledger.books().entries.values()
     assert first.release_id == again.release_id == entry.release_id
+    assert first.run_id == again.run_id and [r.info.run_name for r in runs()] == [entry.release_id]
     assert first.entry_id == again.entry_id == entry.entry_id
 
 
@@ -309,6 +311,18 @@ def test_a_point_of_a_sweep_that_is_refused_closes_no_other_one(machine, own_dat
     assert ledger.books().entry(running.entry_id).state == "reserved"
     close_failed_release(**inputs, epsilon=5.0)
     assert ledger.books().entry(running.entry_id).state == "cancelled"
+    assert [r.info.status for r in runs()] == ["FAILED", "FAILED"]
+
+
+def test_a_sweep_that_fails_leaves_no_point_open(machine, own_data, ledger):
+    """On a cluster it stops the points that run, and their own failure handlers with them."""
+    shared = {"dataset": own_data, "delta": 1e-5, "preset": "smoke", "num_samples": 40, "budget_epsilon": 6.0}
+    shared |= {"out": str(machine / "releases"), "config": ""}
+    for epsilon in (3.0, 2.0):
+        open_release(**shared, epsilon=epsilon, latent_mechanism="dp_sgd", publish_metrics=False)
+    assert [r.info.status for r in runs()] == ["RUNNING", "RUNNING"]
+    close_failed_sweep(**shared, epsilons=[3.0, 2.0])
+    assert {e.state for e in ledger.books().entries.values()} == {"cancelled"}
     assert [r.info.status for r in runs()] == ["FAILED", "FAILED"]
 
 
