@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from dpldm_core.errors import BudgetError, DpldmError
+from dpldm_core.errors import BudgetError, DpldmError, LedgerError
 from dpldm_core.privacy import accounting
 from dpldm_core.privacy.accounting import NeighboringRelation
 from dpldm_core.privacy.books import Books
@@ -39,6 +39,9 @@ def main(argv: list[str] | None = None) -> int:
     three.add_argument("--epsilon", type=float, help="of each; default: the most that the cap allows")
     three.add_argument("--plan", type=Path, help="privacy plan of each (JSON of a ReleasePlan) instead of --epsilon")
     three.add_argument("--seal", action="store_true", help="with --plan: seal them as the account's schedule")
+    four = commands.add_parser("close", help="close a release that was stopped; frees its budget if nothing has read")
+    four.add_argument("--account", required=True)
+    four.add_argument("--release", required=True, help="as `show` names it; it must not run any more")
     commands.add_parser("verify", help="check the whole chain")
     arguments = parser.parse_args(argv)
     try:
@@ -63,6 +66,12 @@ def _run(ledger: Ledger, arguments: argparse.Namespace) -> list[str]:
     if arguments.command == "verify":
         links = ledger.links()
         return [f"the chain holds: {len(links)} links, head {links[-1].hash if links else 'none'}"]
+    if arguments.command == "close":
+        stopped = [e for e in ledger.books().live(arguments.account) if e.release_id == arguments.release]
+        if not stopped:
+            raise LedgerError(f"account {arguments.account!r} has no open release={arguments.release!r}")
+        for entry in stopped:
+            ledger.close_failed(entry.entry_id, reason="closed by hand")
     if arguments.command == "plan":
         return _forecast(ledger, arguments)
     books = ledger.books()

@@ -800,6 +800,11 @@ def test_command_line(tmp_path, capsys):
     assert f"epsilon {COST:.4f} of 8 spent" in shown and "r1" in shown and "published" in shown
     cost = run(*schedule, "--plan", str(plan))[1]
     assert "sealed in advance (Renyi filter)" in cost and "fits the cap of 8" in cost
+    reserve(Ledger(url), "scans", release_id="stopped")
+    assert "stopped" in run("show")[1]
+    assert "stopped" not in run("close", "--account", "scans", "--release", "stopped")[1]
+    assert run("close", "--account", "scans", "--release", "stopped")[0] == 1
+    assert "published" in run("close", "--account", "scans", "--release", "r1")[1]
     replaced = tmp_path / "replaced.json"
     replaced.write_text(plan_of(9.0, relation="REPLACE_ONE").model_dump_json())
     assert "chosen one by one (basic composition)" in run(*schedule, "--plan", str(replaced))[1]
