@@ -89,7 +89,7 @@ def randomized_response_event(noise_parameter: float, num_buckets: int, count: i
 
 def compose(events: Sequence[DpEvent]) -> DpEvent:
     """All events together."""
-    return dpe.ComposedDpEvent(list(events))
+    return dpe.ComposedDpEvent(tuple(events))
 
 
 def relation_from_name(name: str) -> NeighboringRelation:
@@ -330,7 +330,7 @@ def event_from_json(data: dict[str, Any]) -> DpEvent:
         if isinstance(value, dict):
             return event_from_json(value)
         if isinstance(value, list):
-            return [build(v) for v in value]
+            return tuple(build(v) for v in value)
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
             raise AccountingError(f"event {name} holds {value!r}, which is not a non-negative finite number")
         return value

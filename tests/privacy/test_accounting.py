@@ -364,3 +364,14 @@ def test_a_filter_is_above_rdp_and_near_it_at_the_cap(cap):
             <= filter_epsilon(events, DELTA, (cap, DELTA))
             <= most * rdp_epsilon(events, DELTA)
         )
+
+
+def test_events_that_were_composed_before_cost_what_they_hold():
+    """A report may hold them, and accountants remember by events: lists would not do."""
+    nested = [accounting.compose([accounting.gaussian_event(2.0)] * 2), accounting.gaussian_event(2.0)]
+    plain = [accounting.gaussian_event(2.0)] * 3
+    for events in (nested, [accounting.event_from_json(accounting.event_to_json(event)) for event in nested]):
+        assert accounting.rdp_epsilon(events, 1e-5) == pytest.approx(accounting.rdp_epsilon(plain, 1e-5), rel=1e-12)
+        assert accounting.epsilon(events, 1e-5, ADD_REMOVE) == pytest.approx(
+            accounting.epsilon(plain, 1e-5, ADD_REMOVE)
+        )
