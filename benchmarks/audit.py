@@ -22,17 +22,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from _machine import describe_machine
 
-from dpldm_core.data.ingest import ingest_dataset
 from dpldm_core.privacy.audit import RunBounds
 from dpldm_core.privacy.calibration import DIFFUSION
+from dpldm_core.release.auditing import CONFIDENCE
+from dpldm_core.release.auditing import audit_release as release_audit
 from dpldm_core.release.opening import check_request, decide
 from dpldm_core.rng import SecretKey
 from dpldm_core.training import private, stages
-from dpldm_core.training.audited import CanaryAudit, audit_report, audit_stages, step_bounds
+from dpldm_core.training.audited import CanaryAudit
 from tests.faulty_engines import MUTANTS
 
 RESULTS = Path(__file__).parent / "results" / "audit"
-CONFIDENCE = 0.95
 
 
 def seen_by(found: RunBounds) -> list[str]:
@@ -62,36 +62,14 @@ def run_mutant(mutant, arguments, decision, latents, folder: Path) -> dict:
 
 def audit_release(arguments: argparse.Namespace, folder: Path) -> dict:
     """The true code, then every mutant."""
-    request = check_request(
-        dataset=arguments.dataset,
-        epsilon=arguments.epsilon,
-        delta=arguments.delta,
-        preset=arguments.preset,
-        num_samples=0,
-        latent_mechanism="dp_sgd",
-        budget_epsilon=0.0,
-        out=str(folder / "releases"),
-        config="",
-    )
-    decision = decide(request, data_root=arguments.data_root, cache_dir=str(folder))
-    config, plan = request.config, decision.plan
-    train, _ = ingest_dataset(
-        config.dataset,
-        folder,
-        split_key=b"benchmark",
-        data_root=arguments.data_root,
-        cache_dir=str(folder),
-        num_classes=config.num_classes,
-        split_by="content",
-    )
-    seconds, started = {}, time.perf_counter()
-    audit = CanaryAudit(arguments.canaries, SecretKey.generate())
-    audit_stages(train, config, decision.schema, plan, audit, SecretKey.generate(), folder)
-    seconds["full_run"], started = round(time.perf_counter() - started, 1), time.perf_counter()
-    steps = step_bounds(plan, SecretKey.generate(), CONFIDENCE, trials=arguments.trials)
-    seconds["single_step"] = round(time.perf_counter() - started, 1)
-    report = audit_report(audit, config, plan, CONFIDENCE, steps)
+    asked = {name: getattr(arguments, name) for name in ("dataset", "epsilon", "delta", "preset")}
+    where = {"data_root": arguments.data_root, "cache_dir": str(folder)}
+    started, measured = time.perf_counter(), {"num_canaries": arguments.canaries, "trials": arguments.trials}
+    report = release_audit(**asked, **where, **measured, out=str(folder / "audit"), work=folder).report
+    seconds = round(time.perf_counter() - started, 1)
     print(report.model_dump_json(indent=1), flush=True)
+    options = {"num_samples": 0, "latent_mechanism": "dp_sgd", "budget_epsilon": 0.0, "config": ""}
+    decision = decide(check_request(**asked, **options, out=str(folder)), **where)  # the same again
     latents = folder / "latents.safetensors"
     names = arguments.mutants.split(",") if arguments.mutants else [mutant.__name__ for mutant in MUTANTS]
     mutants = {m.__name__: run_mutant(m, arguments, decision, latents, folder) for m in MUTANTS if m.__name__ in names}

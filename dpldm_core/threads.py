@@ -1,8 +1,9 @@
 """How torch should use the cores and the memory of a CPU. Cannot change the guarantee.
 
 On a core that another process keeps busy, every short parallel region waits for the scheduler: two threads were then
-ten times slower than one (measured). So the number is chosen by trying. And glibc gives large blocks back to the kernel
-as soon as they are free, which clears them again for the next forward pass: a process that computes keeps them.
+ten times slower than one (measured). So the number is chosen by trying, a few times: a process that only just ends, or
+the first start of the threads, must not decide for the half hour of a stage. And glibc gives large blocks back to the
+kernel as soon as they are free, which clears them again for the next forward pass: a process that computes keeps them.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import statistics
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +19,7 @@ from typing import TypeVar
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 _LARGEST_BLOCK = 2**25  # bytes; the most that glibc takes for the second
+_ROUNDS, _PAUSE = 5, 0.04  # tries of each number of threads, and seconds between them
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -41,7 +44,7 @@ def keep_freed_memory() -> None:
 
 
 def choose_threads() -> int:
-    """Set torch's threads to one, or to all cores of this process, whichever just ran a small network faster.
+    """Set torch's threads to one, or to all cores of this process, whichever runs a small network faster in the median.
 
     Returns:
         The number chosen.
@@ -52,14 +55,16 @@ def choose_threads() -> int:
     if cores == 1 or torch.cuda.is_available():
         return torch.get_num_threads()
     x, w = torch.ones(1024, 256), torch.ones(256, 256)
-    seconds = {}
-    for threads in (1, cores):
-        torch.set_num_threads(threads)
-        start = time.perf_counter()
-        for _ in range(12):
-            torch.nn.functional.gelu(x @ w).sum(1)
-        seconds[threads] = time.perf_counter() - start
-    best = min(seconds, key=lambda threads: seconds[threads])
+    seconds: dict[int, list[float]] = {1: [], cores: []}
+    for _ in range(_ROUNDS):
+        for threads, taken in seconds.items():
+            torch.set_num_threads(threads)
+            start = time.perf_counter()
+            for _ in range(12):
+                torch.nn.functional.gelu(x @ w).sum(1)
+            taken.append(time.perf_counter() - start)
+        time.sleep(_PAUSE)
+    best = min(seconds, key=lambda threads: statistics.median(seconds[threads]))
     torch.set_num_threads(best)
     return best
 

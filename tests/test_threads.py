@@ -5,6 +5,7 @@ import threading
 
 import pytest
 
+from dpldm_core import threads
 from dpldm_core.threads import choose_threads, map_on_cores, settle_on_cpu
 
 FAULTS = """
@@ -53,6 +54,22 @@ def two_threads():
     torch.set_num_threads(2)
     yield torch
     torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("disturbed", "expected"), [({0, 1}, 2), ({0, 1, 2}, 1)])
+def test_a_passing_disturbance_does_not_choose_the_number_of_threads(monkeypatch, two_threads, disturbed, expected):
+    def clock():
+        now = 0.0
+        for i in range(5):
+            for seconds in (1.0, 10.0 if i in disturbed else 0.6):  # with one thread, with two
+                yield now
+                now += seconds
+                yield now
+
+    monkeypatch.setattr(threads.os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
+    monkeypatch.setattr(two_threads.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(threads.time, "perf_counter", clock().__next__)
+    assert choose_threads() == expected == two_threads.get_num_threads()
 
 
 def test_items_are_done_side_by_side_on_a_thread_each_and_come_back_in_order(two_threads):
