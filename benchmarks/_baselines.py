@@ -24,12 +24,11 @@ from dpldm_core.privacy.calibration import COVARIANCES, DIFFUSION, MEANS, calibr
 from dpldm_core.privacy.one_shot import noisy_sum
 from dpldm_core.privacy.plan import DpSgdPlan, GaussianSumPlan, MechanismPlan
 from dpldm_core.rng import SecretKey
-from dpldm_core.threads import settle_on_cpu
+from dpldm_core.threads import multiply_in_bfloat16, settle_on_cpu
 from dpldm_core.training.autoencoder import build_autoencoder, encode
 from dpldm_core.training.building import to_tensor, to_uint8
 from dpldm_core.training.diffusion import build_denoiser, train_denoiser
 from dpldm_core.training.prior import release_prior
-from dpldm_core.training.sampling import multiply_in_bfloat16
 from dpldm_core.training.stages import Run
 from dpldm_core.training.units import Units
 

@@ -22,7 +22,9 @@ _INPUTS = {"dataset", "epsilon", "delta", "preset", "latent_mechanism", "num_sam
 _MOST = 0.5  # largest sample rate
 _FEW = 5_000  # records up to which preset quick takes half as long (docs/research.md)
 _TEACHABLE = 20_000.0  # records times epsilon; with less, a teacher names worse than the prior draws (decision 18)
-_PLENTY = 300_000.0  # records times epsilon from which preset long has two fine-tuned teachers (decision 20)
+_PLENTY = (
+    300_000.0  # records times epsilon from which preset long has finer latents and two teachers (decisions 20, 24)
+)
 
 
 def _dp_sgd(batch: int, num_records: int, **values: float) -> dict[str, Any]:
@@ -129,8 +131,9 @@ def _leave_out_teacher(values: dict[str, Any]) -> None:
     values["teacher"]["dp_sgd"]["budget_share"] = 0.0
 
 
-def _teach_twice(values: dict[str, Any]) -> None:
-    """Two teachers with many weights, whose features are learnt at length; half of the prior's budget pays."""
+def _spend_plenty(values: dict[str, Any]) -> None:
+    """Finer latents, and two teachers with many weights, taught at length; half of the prior's budget pays."""
+    values["autoencoder"]["frequencies"] = 20
     values["prior"]["budget_share"] = 0.25
     values["diffusion"]["dp_sgd"] |= {"num_steps": 400, "ema_decay": 0.98, "budget_share": 0.4}
     values["teacher"] |= {"num_synthetic": 180_000, "num_epochs": 6, "deformation": 0.5, "num_copies": 2}
@@ -170,7 +173,7 @@ def _cpu(num_records: int) -> dict[str, Any]:
 
 
 def _long(num_records: int) -> dict[str, Any]:
-    """As cpu, with a teacher that sees three times as many images; :func:`_teach_twice` adds to it."""
+    """As cpu, with a teacher that sees three times as many images; :func:`_spend_plenty` adds to it."""
     values = _cpu(num_records)
     values["teacher"] |= {"num_synthetic": 60_000, "num_epochs": 6}
     return values
@@ -237,7 +240,7 @@ def preset_values(preset: str, num_records: int, epsilon: float) -> dict[str, An
     if preset != "smoke" and num_records * epsilon < _TEACHABLE:
         _leave_out_teacher(values)
     if preset == "long" and num_records * epsilon >= _PLENTY:
-        _teach_twice(values)
+        _spend_plenty(values)
     return values
 
 

@@ -1,4 +1,4 @@
-"""How torch should use the cores and the memory of a CPU. Cannot change the guarantee.
+"""How torch should use the cores, the memory and the instructions of a CPU. Cannot change the guarantee.
 
 On a core that another process keeps busy, every short parallel region waits for the scheduler: two threads were then
 ten times slower than one (measured). So the number is chosen by trying, a few times: a process that only just ends, or
@@ -13,9 +13,12 @@ import ctypes
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from torch import nn
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 _LARGEST_BLOCK = 2**25  # bytes; the most that glibc takes for the second
@@ -67,6 +70,31 @@ def choose_threads() -> int:
     best = min(seconds, key=lambda threads: statistics.median(seconds[threads]))
     torch.set_num_threads(best)
     return best
+
+
+def multiply_in_bfloat16(network: nn.Module) -> None:
+    """Let a network's convolutions take bfloat16 where the processor multiplies it natively: twice as fast there.
+
+    For networks that meet no private record. The prior's Gaussians keep float32: how likely a class is, is a small
+    difference of large numbers.
+
+    Args:
+        network: On a CPU without AVX-512 BF16, and on a GPU, it stays as it is; elsewhere later calls are changed.
+    """
+    import torch
+
+    if not torch.cuda.is_available() and torch.cpu._is_avx512_bf16_supported():
+        network.forward = torch.autocast("cpu", torch.bfloat16)(network.forward)
+
+
+@contextlib.contextmanager
+def multiplying_in_bfloat16(network: nn.Module) -> Iterator[None]:
+    """:func:`multiply_in_bfloat16`, taken back before the network meets a private record."""
+    multiply_in_bfloat16(network)
+    try:
+        yield
+    finally:
+        vars(network).pop("forward", None)
 
 
 def map_on_cores(function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:

@@ -83,7 +83,7 @@ def test_few_records_or_little_epsilon_leave_the_teacher_out(preset):
 
 
 @pytest.mark.parametrize("preset", ["quick", "cpu", "long", "gpu"])
-def test_long_has_two_fine_tuned_teachers_where_budget_is_plenty(preset):
+def test_long_has_finer_latents_and_two_fine_tuned_teachers_where_budget_is_plenty(preset):
     """From public facts alone: 300,000 records times epsilon, not one less."""
     for records, epsilon, plenty in (
         (60_000, 10.0, True),
@@ -96,7 +96,7 @@ def test_long_has_two_fine_tuned_teachers_where_budget_is_plenty(preset):
         assert config.teacher.fine_tuned == (config.teacher.first_share > 0) == twice
         assert (config.prior.budget_share == 0.25) == (config.teacher.num_copies > 0) == twice
         assert (config.teacher.dp_sgd.learning_rate < 1) == twice, "for gradients of unit noise"
-        assert (config.diffusion.dp_sgd.num_steps == 400) == twice
+        assert (config.diffusion.dp_sgd.num_steps == 400) == (config.autoencoder.frequencies == 20) == twice
         assert (config.teacher.num_synthetic >= 60_000) == (preset == "long")
         if preset == "long":
             plan = plan_release(config, num_classes=10, latent_dim=196, grouped=False)

@@ -20,6 +20,7 @@ from dpldm_core.models.prior import GaussianPrior
 from dpldm_core.privacy.engine import Batch
 from dpldm_core.privacy.plan import DpSgdPlan
 from dpldm_core.rng import SecretKey
+from dpldm_core.threads import multiplying_in_bfloat16
 from dpldm_core.training.private import TrainLoop, train_private
 from dpldm_core.training.units import Units
 
@@ -99,18 +100,19 @@ def pretrain_denoiser(model: Denoiser, encoder: Encoder, config: DiffusionConfig
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, _PROCEDURAL_RATE, total_steps=config.procedural_steps, pct_start=0.1, cycle_momentum=False
     )
-    for _ in range(config.procedural_steps):
-        rows = torch.from_numpy(generator.integers(size, size=config.procedural_batch_size)).to(device)
-        batch = draw_diffusion({"values": latents[rows][:, None]}, generator, config, model.sigma_data)
-        sigma, noise = batch["sigma"][:, 0], batch["noise"][:, 0]
-        weight = edm_weight(sigma, model.sigma_data)
-        loss = denoising_loss(denoise, latents[rows], groups[rows], sigma, noise, weight).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trainable, 1.0)
-        optimizer.step()
-        schedule.step()
-        losses.append(loss.item())
+    with multiplying_in_bfloat16(model.network):
+        for _ in range(config.procedural_steps):
+            rows = torch.from_numpy(generator.integers(size, size=config.procedural_batch_size)).to(device)
+            batch = draw_diffusion({"values": latents[rows][:, None]}, generator, config, model.sigma_data)
+            sigma, noise = batch["sigma"][:, 0], batch["noise"][:, 0]
+            weight = edm_weight(sigma, model.sigma_data)
+            loss = denoising_loss(denoise, latents[rows], groups[rows], sigma, noise, weight).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(trainable, 1.0)
+            optimizer.step()
+            schedule.step()
+            losses.append(loss.item())
     return losses
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
 
 from dpldm_core.config import ReleaseConfig
 from dpldm_core.data.schema import ImageSchema
@@ -17,7 +16,7 @@ from dpldm_core.diffusion.sampler import dpm_sampler, sample_noise
 from dpldm_core.diffusion.schedule import sampling_sigmas
 from dpldm_core.models.autoencoder import Autoencoder, unwhitening
 from dpldm_core.models.denoiser import Denoiser
-from dpldm_core.threads import map_on_cores, settle_on_cpu
+from dpldm_core.threads import map_on_cores, multiply_in_bfloat16, settle_on_cpu
 from dpldm_core.training.building import new_autoencoder, new_denoiser, new_teacher, to_uint8
 from dpldm_core.training.state import load_model
 
@@ -146,19 +145,6 @@ def _in_chunks(draw: Callable[[Sequence[int]], np.ndarray], indices: Sequence[in
     """What ``draw`` makes of all indices, some at a time: on a CPU a chunk for each core."""
     chunks = [list(indices[start : start + batch_size]) for start in range(0, len(indices), batch_size)]
     return np.concatenate([draw(c) for c in chunks] if torch.cuda.is_available() else map_on_cores(draw, chunks))
-
-
-def multiply_in_bfloat16(network: nn.Module) -> None:
-    """Let a network's convolutions take bfloat16 where the processor multiplies it natively: twice as fast there.
-
-    For networks that meet no private record any more. The prior's Gaussians keep float32: how likely a class is, is a
-    small difference of large numbers.
-
-    Args:
-        network: On a CPU without AVX-512 BF16, and on a GPU, it stays as it is; elsewhere later calls are changed.
-    """
-    if not torch.cuda.is_available() and torch.cpu._is_avx512_bf16_supported():
-        network.forward = torch.autocast("cpu", torch.bfloat16)(network.forward)
 
 
 def shard_indices(num_samples: int, shard: int, num_shards: int) -> range:
