@@ -22,9 +22,7 @@ _INPUTS = {"dataset", "epsilon", "delta", "preset", "latent_mechanism", "num_sam
 _MOST = 0.5  # largest sample rate
 _FEW = 5_000  # records up to which preset quick takes half as long (docs/research.md)
 _TEACHABLE = 20_000.0  # records times epsilon; with less, a teacher names worse than the prior draws (decision 18)
-_PLENTY = (
-    300_000.0  # records times epsilon from which preset long has finer latents and two teachers (decisions 20, 24)
-)
+_PLENTY = 300_000.0  # records times epsilon from which preset long can afford more (decisions 20 and 24)
 
 
 def _dp_sgd(batch: int, num_records: int, **values: float) -> dict[str, Any]:

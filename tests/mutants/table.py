@@ -63,7 +63,12 @@ CHAIN, CLIPPING, ENGINE, LAYERS = (f"{PRIVACY}/{name}.py" for name in ("chain", 
 LEDGER, NOISE, ONE_SHOT, PLAN = (f"{PRIVACY}/{name}.py" for name in ("ledger", "noise", "one_shot", "plan"))
 DISCRETE, OPACUS, REPORT = (f"{PRIVACY}/{name}.py" for name in ("discrete", "opacus_backend", "report"))
 CLASS_STATISTICS, SCHEMA = f"{PRIVACY}/class_statistics.py", "dpldm_core/data/schema.py"
-RNG, LOSS, SPLIT = "dpldm_core/rng.py", "dpldm_core/diffusion/loss.py", "dpldm_core/data/split.py"
+THREADS, RNG, LOSS, SPLIT = (
+    "dpldm_core/threads.py",
+    "dpldm_core/rng.py",
+    "dpldm_core/diffusion/loss.py",
+    "dpldm_core/data/split.py",
+)
 TRAINING = "dpldm_core/training"
 LOOP, STATE, STAGES, UNITS, DIFFUSION, AUTOENCODER, PRIOR = (
     f"{TRAINING}/{name}.py" for name in ("private", "state", "stages", "units", "diffusion", "autoencoder", "prior")
@@ -703,6 +708,14 @@ MUTANTS = (
         '"bfloat16": (1 + 2.0**-8) ** 2 - 1}',
         '"bfloat16": 0.0}',
         (f"{T_ENGINE}bfloat16_products_pass_the_bound_of_float32",),
+    ),
+    Mutant(
+        "private_steps_work_in_the_precision_of_pretraining",
+        BEYOND,
+        THREADS,
+        'vars(network).pop("forward", None)',
+        "pass",
+        (f"{T_DIFFUSION}pretraining_in_bfloat16_ends_before_private_records_are_met",),
     ),
     Mutant(
         "rounding_of_float32_is_not_charged",
