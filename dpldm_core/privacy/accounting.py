@@ -11,39 +11,23 @@ itself under REPLACE_ONE. (RdpAccountant does not, so it is never asked under RE
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
 from importlib.metadata import version
 from typing import Any
 
 import dp_accounting
+import numpy as np
 from dp_accounting import DpEvent, NeighboringRelation
 from dp_accounting import dp_event as dpe
 from dp_accounting.pld import PLDAccountant
-from dp_accounting.rdp import RdpAccountant
+from dp_accounting.rdp import RdpAccountant, compute_epsilon
 from scipy.optimize import brentq
 from scipy.stats import norm
 
 from dpldm_core.errors import AccountingError
 
-__all__ = [
-    "DpEvent",
-    "NeighboringRelation",
-    "accountant_versions",
-    "compose",
-    "cross_check",
-    "epsilon",
-    "event_from_json",
-    "event_to_json",
-    "filter_epsilon",
-    "gaussian_event",
-    "gaussian_mu",
-    "poisson_gaussian_event",
-    "randomized_response_event",
-    "rdp_epsilon",
-    "relation_from_name",
-]
+__all__ = ["DpEvent", "NeighboringRelation"]  # what others take from dp-accounting, they take from here
 
 VALUE_DISCRETIZATION_INTERVAL = 1e-3
 _MOST_COPIES = 10_000
@@ -160,9 +144,8 @@ def rdp_epsilon(events: Sequence[DpEvent], delta: float) -> float:
     """Epsilon under ADD_OR_REMOVE_ONE by Renyi DP (Mironov et al. 2019): looser than PLD, an upper alarm."""
     # Integer orders: exact for sampled Gaussians, while fractional ones fail to converge at low noise.
     found = math.inf
-    for orders in ([*range(2, 65), *range(72, 257, 8), 512], [1024, 4096, 16384]):
-        accountant = RdpAccountant(orders, neighboring_relation=NeighboringRelation.ADD_OR_REMOVE_ONE)
-        bound, best = accountant.compose(_counted(events)).get_epsilon_and_optimal_order(delta)
+    for orders in ((*range(2, 65), *range(72, 257, 8), 512), (1024, 4096, 16384)):
+        bound, best = compute_epsilon(orders, _total_divergences(events, orders), delta)
         found = min(found, float(bound))
         if best != orders[-1]:
             break  # large orders take long, and are the best for tiny epsilons alone
@@ -189,17 +172,24 @@ def filter_epsilon(events: Sequence[DpEvent], delta: float, cap: tuple[float, fl
     rest = (1.0 - _MAIN_SHARE) / sum(weights.values())
     shares = {order: rest * weight for order, weight in weights.items()}
     shares[_best_order(*cap)] += _MAIN_SHARE
-    return min(_rdp_epsilon_of(order, events, delta * share) for order, share in shares.items())
+    spent = dict(zip(_FILTER_ORDERS, _total_divergences(events, _FILTER_ORDERS), strict=True))
+    return min(_converted(order, spent[order], delta * share) for order, share in shares.items())
 
 
-def _rdp_epsilon_of(order: int, events: Sequence[DpEvent], delta: float) -> float:
-    accountant = RdpAccountant([order], neighboring_relation=NeighboringRelation.ADD_OR_REMOVE_ONE)
-    return float(accountant.compose(_counted(events)).get_epsilon(delta))
+def _converted(order: int, divergence: float, delta: float) -> float:
+    return float(compute_epsilon([order], [divergence], delta)[0])
 
 
-def _counted(events: Sequence[DpEvent]) -> DpEvent:
-    """All events, equal ones once with their number: releases of one plan cost the accountant no more than one."""
-    return compose([dpe.SelfComposedDpEvent(event, count) for event, count in Counter(events).items()])
+def _total_divergences(events: Sequence[DpEvent], orders: tuple[int, ...]) -> np.ndarray:
+    """Renyi divergence of all events together, of each order."""
+    return sum((_divergences(event, orders) for event in events), start=np.zeros(len(orders)))
+
+
+@lru_cache(maxsize=4096)
+def _divergences(event: DpEvent, orders: tuple[int, ...]) -> np.ndarray:
+    """Remembered, so that a large account is not computed anew at every question."""
+    accountant = RdpAccountant(orders, neighboring_relation=NeighboringRelation.ADD_OR_REMOVE_ONE)
+    return accountant.compose(event).rdp
 
 
 def _best_order(epsilon: float, delta: float) -> int:

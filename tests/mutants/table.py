@@ -1284,8 +1284,8 @@ MUTANTS = (
         "every_order_of_a_filter_gets_the_whole_delta",
         BEYOND,
         ACCOUNTING,
-        "_rdp_epsilon_of(order, events, delta * share) for",
-        "_rdp_epsilon_of(order, events, delta) for",
+        "_converted(order, spent[order], delta * share) for",
+        "_converted(order, spent[order], delta) for",
         ("tests/privacy/test_accounting.py::test_the_orders_of_a_filter_share_one_delta[3.0]",),
     ),
     Mutant(

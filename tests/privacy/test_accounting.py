@@ -325,7 +325,7 @@ def test_the_orders_of_a_filter_share_one_delta(cap, monkeypatch):
     """Outputs may decide which order is the best in the end: each has its own part of delta, and no more is spent."""
     given = {}
     monkeypatch.setattr(accounting, "_best_order", lambda cap, delta: 7)
-    monkeypatch.setattr(accounting, "_rdp_epsilon_of", lambda order, events, delta: given.setdefault(order, delta))
+    monkeypatch.setattr(accounting, "_converted", lambda order, divergence, delta: given.setdefault(order, delta))
     filter_epsilon([gaussian_event(1.0)], DELTA, (cap, DELTA))
     assert len(given) > 20 and sum(given.values()) == pytest.approx(DELTA, rel=1e-12)
     assert given[7] > 0.9 * DELTA
@@ -334,7 +334,7 @@ def test_the_orders_of_a_filter_share_one_delta(cap, monkeypatch):
 def test_the_order_that_has_most_of_delta_follows_from_the_cap_alone(monkeypatch):
     """What is kept back for cut batches depends on the plans: it may not choose the order."""
     cap, left, given = (1.7, DELTA), 0.5 * DELTA, {}
-    monkeypatch.setattr(accounting, "_rdp_epsilon_of", lambda order, events, delta: given.setdefault(order, delta))
+    monkeypatch.setattr(accounting, "_converted", lambda order, divergence, delta: given.setdefault(order, delta))
     wanted, other = 10, 12  # of (1.7, 1e-5) and (1.7, 5e-6)
     monkeypatch.setattr(accounting, "_best_order", lambda epsilon, delta: wanted if delta == DELTA else other)
     filter_epsilon([gaussian_event(5.0)], left, cap)
