@@ -54,6 +54,8 @@ BASELINES = {
 
 USUAL = "delta 1e-05, ADD_OR_REMOVE_ONE"  # what an epsilon is stated with, where a row does not say otherwise
 ONE_SUM = "\u2020"  # on a result that was made before decision 21
+MOVED = "\u2021"  # on a result with values that its preset has not any more
+_MOVED_NOTE = f"{MOVED}: with values that the preset had then; the first table of docs/results.md says which."
 # What results did that were made before there was such a field.
 BEFORE = {"fine_tuned": False, "num_copies": 0, "first_share": 0.0}
 
@@ -90,27 +92,26 @@ def presets_table() -> str:
     """One row per preset, with results of some of its releases."""
     rows = ["| `--preset` | for | images | measured (small CNN on real test images) |", "|---|---|---|---|"]
     names = TITLES | {"mnist5k": "embedded digits"}
-    newest = {(r["dataset"], r["preset"], r["config"]["epsilon"]): r for r in _oldest_first() if _is_preset(r)}
+    newest = {(r["dataset"], r["preset"], r["config"]["epsilon"]): r for r in _oldest_first()}
     for preset, (purpose, images, shown) in PRESETS.items():
         found = []
         for dataset, epsilon in shown:
-            if (result := newest.get((dataset, preset, epsilon))) is None:  # the preset has changed since
-                continue
+            result = newest[dataset, preset, epsilon]
             accuracy = 100 * result["measured"]["train_on_synthetic_accuracy"]["mean"]
             minutes = f"{result['release_minutes']:.1f} minutes of {_cores_of(result)}"
-            found.append(f"{names[dataset]}, epsilon {epsilon}: {accuracy:.1f} % in {minutes}")
+            found.append(f"{names[dataset]}, epsilon {epsilon}: {accuracy:.1f}{_moved(result)} % in {minutes}")
         rows.append(f"| `{preset}` | {purpose} | {images} | {'; '.join(found) or 'no result'} |")
-    return "\n".join(rows)
+    return "\n".join([*rows, "", _MOVED_NOTE] if any(MOVED in row for row in rows) else rows)
 
 
-def _is_preset(result: dict) -> bool:
-    """Whether a result was made with all of its preset's values of today."""
-    return _preset_of(result) == result["preset"] + _mark(result["config"])
+def _moved(result: dict) -> str:
+    """What tells a result with values that its preset has not any more."""
+    return "" if _preset_of(result) == result["preset"] + _mark(result["config"]) else MOVED
 
 
 def _oldest_first() -> list[dict]:
-    """Results in the tables' order, those of before decision 21 before the others."""
-    return sorted(results_of_quality(), key=lambda r: _mark(r["config"]) == "")
+    """Results in the tables' order, those of before decision 21 and of presets of before ahead of the others."""
+    return sorted(results_of_quality(), key=lambda r: (_mark(r["config"]) == "", _moved(r) == ""))
 
 
 def stages_table() -> str:
@@ -335,17 +336,17 @@ def published_table() -> str:
     rows = [f"| method | {head} | cost of one release |", rule]
     rows += [f"| {found['method']} | {cells(found['accuracy'])} | {found['cost']} |" for found in small["methods"]]
     for preset in ("cpu", "long"):
-        own = [r for r in _oldest_first() if r["dataset"] in TITLES and r["preset"] == preset and _is_preset(r)]
-        if not own:  # the preset has changed since
-            continue
+        own = [r for r in _oldest_first() if r["dataset"] in TITLES and r["preset"] == preset]
         accuracy: dict[str, dict[str, str]] = {}
         for r in own:
             mean = 100 * r["measured"]["train_on_synthetic_accuracy"]["mean"]
-            accuracy.setdefault(r["dataset"], {})[f"{r['config']['epsilon']:g}"] = f"{mean:.1f}{_mark(r['config'])}"
+            told = f"{mean:.1f}{_mark(r['config'])}{_moved(r)}"
+            accuracy.setdefault(r["dataset"], {})[f"{r['config']['epsilon']:g}"] = told
         hours = [sum(r["stages"][name]["cpu_seconds"] for name in MADE) / 3600 for r in own]
         cost = f"{min(hours):.1f} to {max(hours):.1f} hours of one CPU core"
         rows.append(f"| **dpldm, preset {preset}** | {cells(accuracy)} | {cost} |")
-    rows += ["", f"{small['source']}.", "", f"| method | {head} | images used that are public |", rule]
+    note = f" {_MOVED_NOTE}" if any(MOVED in row for row in rows) else ""
+    rows += ["", f"{small['source']}.{note}", "", f"| method | {head} | images used that are public |", rule]
     rows += [f"| {found['method']} | {cells(found['accuracy'])} | {found['public']} |" for found in other["methods"]]
     rows += ["", f"{other['source']}: another protocol, not to be compared row by row with the first."]
     return "\n".join([*rows, f"At its delta {_at(other['delta'])}."])
@@ -353,7 +354,7 @@ def published_table() -> str:
 
 def _at(delta: float) -> str:
     """What releases of MNIST with preset cpu cost at another delta."""
-    own = [r for r in _oldest_first() if r["dataset"] == "mnist" and r["preset"] == "cpu" and _is_preset(r)]
+    own = [r for r in _oldest_first() if r["dataset"] == "mnist" and r["preset"] == "cpu"]
     asked = {r["config"]["epsilon"]: r for r in own}  # what was made since takes the place of what was made before
     found = []
     for _, r in sorted(asked.items()):
