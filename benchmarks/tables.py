@@ -39,7 +39,7 @@ PRESETS = {  # name: what it is for, images of a release, data sets and epsilons
         [("mnist", 1), ("fashion_mnist", 1)],
     ),
     "long": (
-        "accuracy, by better teachers; where images times epsilon are 300,000, finer latents: an hour of two cores",
+        "accuracy, by better teachers; from 300,000 images times epsilon on finer latents, and an hour of two cores",
         "60,000 (300,000 or 600,000 by `--num_samples` in what was measured)",
         [("mnist", 1), ("fashion_mnist", 1), ("mnist", 10), ("fashion_mnist", 10)],
     ),
