@@ -148,7 +148,9 @@ class EvaluationConfig(Frozen):
 class PerformanceConfig(Frozen):
     """Knobs that cannot change the guarantee."""
 
-    physical_batch_size: int = Field(ge=1, description="units per forward pass")
+    physical_batch_size: int = Field(
+        ge=1, le=2048, description="units per forward pass: float32 sums of more would round by too much"
+    )
     clip_backend: Literal["book_keeping", "opacus"] = Field(description="opacus is slower and checks the other")
     matmul_precision: Literal["float32", "bfloat16"] = Field(
         description="of the products of a DP-SGD step; bfloat16 clips 0.8 % tighter for its rounding"

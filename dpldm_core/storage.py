@@ -9,19 +9,35 @@ from pathlib import Path
 
 import fsspec
 
+_LOCAL = ("file://", "local://")
+
 
 def is_remote(place: str | Path) -> bool:
     """Whether a place is a URI of a store other than the local file system.
 
-    >>> is_remote("s3://bucket/x"), is_remote("file:///x"), is_remote("releases")
-    (True, False, False)
+    >>> is_remote("s3://bucket/x"), is_remote("file:///x"), is_remote("local:///x"), is_remote("releases")
+    (True, False, False, False)
     """
-    return "://" in str(place) and not str(place).startswith("file://")
+    return "://" in str(place) and not str(place).startswith(_LOCAL)
 
 
 def local_path(place: str | Path) -> Path:
     """The path of a local place, given as a path or a file:// URI."""
-    return Path(str(place).removeprefix("file://"))
+    return Path(str(place).removeprefix(_LOCAL[0]).removeprefix(_LOCAL[1]))
+
+
+def scheme_of(uri: str) -> str:
+    """The scheme of a URI, by the first of the names that its store goes by.
+
+    >>> scheme_of("s3a://bucket/x"), scheme_of("https://host/x")
+    ('s3', 'http')
+    """
+    scheme = uri.partition("://")[0]
+    try:
+        names = fsspec.get_filesystem_class(scheme).protocol
+    except (ImportError, ValueError):  # nothing can be read from there either
+        return scheme
+    return names if isinstance(names, str) else str(names[0])
 
 
 @contextmanager

@@ -7,6 +7,7 @@ URI alone: no digest, no profile, no rows, no count.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from dpldm_core.errors import TrackingError
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
+    from dpldm_core.config import ReleaseConfig
     from dpldm_core.privacy.plan import ReleasePlan
     from dpldm_core.release.publishing import Publication
 
@@ -129,6 +131,10 @@ class Run:
 
         self._client.log_batch(self.run_id, params=[Param(key, str(value)) for key, value in values.items()])
 
+    def config(self, config: ReleaseConfig) -> None:
+        """The resolved configuration, which the bundle holds too if there ever is one."""
+        self._client.log_dict(self.run_id, config.model_dump(mode="json"), "config.json")
+
     def metrics(self, **values: float) -> None:
         """Numbers."""
         for key, value in values.items():
@@ -138,7 +144,7 @@ class Run:
         """A public curve, at most 200 points."""
         from mlflow.entities import Metric
 
-        stride = max(1, len(values) // 200)
+        stride = max(1, math.ceil(len(values) / 200))
         points = [Metric(name, values[i], 0, i) for i in range(0, len(values), stride)]
         self._client.log_batch(self.run_id, metrics=points)
 

@@ -74,8 +74,10 @@ def open_release(
     except Exception:
         close_release(promise, epsilon, delta)
         raise
-    _tracking.Run(run_id).params(**decision.public_parameters())
-    print(decision.summary())
+    run = _tracking.Run(run_id)
+    run.params(**decision.public_parameters())
+    run.config(decision.request.config)
+    print(f"{decision.summary()}\nconfig {decision.request.config.model_dump_json()}")
     release = Release(
         release_id=request.release_id,
         run_id=run_id,

@@ -62,7 +62,7 @@ def sweep_pipeline(
     """Release one data set at several epsilons and draw released accuracy against epsilon.
 
     Every point is a whole release, charged as such: on own data the account pays for all of them together, and
-    ``budget_epsilon`` must hold their sum. Built-in sets are public.
+    ``budget_epsilon`` must hold that. Built-in sets are public.
 
     Args:
         epsilons: One release each, for example '[0.2, 1, 3, 10]'.

@@ -116,7 +116,10 @@ def _embedded_mnist() -> list[tuple[np.ndarray, np.ndarray]]:
 
 
 def _from_root(dataset: BuiltIn, root: Path) -> list[tuple[np.ndarray, np.ndarray]]:
-    folders = [root / dataset.torchvision_name / "raw", root / dataset.folder, root]
+    layouts = f"{dataset.torchvision_name}/raw", dataset.folder
+    folders = [root / layout for layout in layouts]
+    if any(root.resolve().match(layout) for layout in layouts):  # both sets name their files alike: its name must tell
+        folders.append(root)
     for folder in folders:
         found = [
             _idx_file(folder, f"{part}-{kind}") for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")
@@ -127,7 +130,7 @@ def _from_root(dataset: BuiltIn, root: Path) -> list[tuple[np.ndarray, np.ndarra
     tried = ", ".join(str(folder) for folder in folders)
     raise DataError(
         f"DPLDM_DATA_ROOT={str(root)!r} holds no {dataset.title}: looked for train- and t10k-*-ubyte[.gz] in {tried}. "
-        "Point it at the right folder, or unset it to download"
+        "Point it at the folder above these, or unset it to download"
     )
 
 

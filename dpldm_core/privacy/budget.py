@@ -55,6 +55,20 @@ def placeholder(epsilon: float, delta: float, relation: NeighboringRelation) -> 
     return accounting.gaussian_event(changes / accounting.gaussian_mu((1 - 1e-3) * epsilon, delta))
 
 
+def epsilon_one_by_one(epsilons: Sequence[float], delta: float, relation: NeighboringRelation, *, cap: float) -> float:
+    """About what releases of a new account cost together where each is reserved after the one before has read.
+
+    Args:
+        epsilons: Of each release at ``delta``; one Gaussian release stands for its plan.
+        delta: The account's delta.
+        relation: The account's relation.
+        cap: What they are held against.
+    """
+    costs = [(placeholder(epsilon, delta, relation),) for epsilon in epsilons]
+    claims = [Claim(cost, 0.0, 2 * i, 2 * i, 2 * i + 1) for i, cost in enumerate(costs)]
+    return joint_epsilon(claims, delta, relation, cap=cap)
+
+
 def joint_epsilon(
     claims: Sequence[Claim], delta: float, relation: NeighboringRelation, *, cap: float | None = None
 ) -> float:

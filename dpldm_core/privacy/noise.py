@@ -1,9 +1,9 @@
 """Gaussian noise that can be charged: secret key, float64, rounded to a grid.
 
-PRIVACY.md 2.5. A float32 generator with a 32-bit seed is neither secret nor Gaussian in its tails. Here the clipped sum
-is rounded to the grid g = C 2^-24 before noise is added on the same grid, so the low bits of floating-point sums, which
-depend on the data, never leave (Mironov 2012). Rounding and float32 clipping move the sensitivity by less than 0.1 %;
-that is charged: the noise drawn is ``SENSITIVITY_SLACK`` times the noise in the event.
+docs/decisions/0004. A float32 generator with a 32-bit seed is neither secret nor Gaussian in its tails. Here the
+clipped sum is rounded to the grid g = C 2^-24 before noise is added on the same grid, so the low bits of floating-point
+sums, which depend on the data, never leave (Mironov 2012). Rounding and float32 clipping move the sensitivity by less
+than 0.1 %; that is charged: the noise drawn is ``SENSITIVITY_SLACK`` times the noise in the event.
 """
 
 from __future__ import annotations

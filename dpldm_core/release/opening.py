@@ -18,7 +18,7 @@ from dpldm_core.presets import check_delta, resolve_config
 from dpldm_core.privacy.calibration import MEANS, plan_release, relation_of
 from dpldm_core.privacy.plan import DpSgdPlan, LabelPlan, ReleasePlan, check_expected_batch
 from dpldm_core.release.bundle import check_target
-from dpldm_core.storage import is_remote, local_path
+from dpldm_core.storage import is_remote, local_path, scheme_of
 
 MIN_EXPECTED_BATCH = 16
 
@@ -262,15 +262,23 @@ def read_audit_note(path: str, preset: str) -> dict[str, Any]:
 def account_name(dataset: str) -> str:
     """Ledger account of a data set: a built-in's name, else its full path or URI, the same however it is spelled.
 
+    Raises:
+        ConfigError: One URI inside another, of which there are many spellings.
+
     >>> account_name("s3a://scans//2024/"), account_name("file:///scans/2024") == account_name("/scans/./2024")
     ('s3://scans/2024', True)
     """
     if dataset in BUILTIN_DATASETS:
         return dataset
+    if "::" in dataset and "://" in dataset:
+        raise ConfigError(
+            f"dataset={dataset!r} is one URI inside another: name the place itself, or the ledger's account of the "
+            "data as account in the file that --config names"
+        )
     if not is_remote(dataset):
         return str(local_path(dataset).resolve())
-    scheme, _, rest = dataset.partition("://")
-    return f"{'s3' if scheme == 's3a' else scheme}://{'/'.join(part for part in rest.split('/') if part)}"
+    rest = dataset.partition("://")[2]
+    return f"{scheme_of(dataset)}://{'/'.join(part for part in rest.split('/') if part)}"
 
 
 def public_name(dataset: str) -> str:

@@ -22,7 +22,7 @@ from dpldm_core.release.figures import samples_grid_png
 from dpldm_core.release.metrics import ReleasedMetrics
 from dpldm_core.release.opening import public_name
 from dpldm_core.release.sampling import public_config, read_public_config, write_shard
-from dpldm_core.release.synthetic import count_synthetic, read_synthetic
+from dpldm_core.release.synthetic import read_synthetic, synthetic_format
 from dpldm_core.release.verify import verify_bundle
 
 _OWN = -1.0  # guidance: the release's own
@@ -218,7 +218,7 @@ def _publish(
         report,
         config,
         dataset_title=built_in.title if built_in else dataset,
-        num_samples=sum(count_synthetic(part) for part in synthetic),
+        num_samples=sum(synthetic_format(part).num_images for part in synthetic),
         class_names=names,
         metrics=metrics,
         audit=config["audit"],

@@ -6,15 +6,20 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import fsspec
 
 from dpldm_core.errors import ConfigError
 from dpldm_core.overrides import load_overrides
+from dpldm_core.privacy.accounting import relation_from_name
+from dpldm_core.privacy.budget import epsilon_one_by_one
 from dpldm_core.release.bundle import METRICS, REPORT, local_copy
 from dpldm_core.release.metrics import ReleasedMetrics
 from dpldm_core.release.opening import check_request
+
+_ROOM = 1.08  # for what a plan may cost more than the one Gaussian release of its epsilon, once others came before
 
 
 def check_sweep(
@@ -44,7 +49,8 @@ def check_sweep(
         The epsilons in ascending order.
 
     Raises:
-        ConfigError: No or equal epsilons, a budget that cannot hold all releases, or what one release would refuse.
+        ConfigError: No or equal epsilons, a budget that a new account's releases would exceed, or what one release
+            would refuse.
         BundleError: ``out`` cannot be written.
     """
     if not epsilons or len(set(epsilons)) < len(epsilons):
@@ -66,13 +72,24 @@ def check_sweep(
             config=config,
             publish_metrics=True,
         )
-    if not request.public_data and budget_epsilon < sum(epsilons):
+    needed = _smallest_cap(sorted(epsilons), delta, request.relation)
+    if not request.public_data and budget_epsilon < needed:
         raise ConfigError(
-            f"budget_epsilon={budget_epsilon:g}: {len(epsilons)} releases of one data set are charged together, at "
-            f"most {math.fsum(epsilons):g}. Set budget_epsilon to that, or sweep over public data, which protects "
-            "nobody"
+            f"budget_epsilon={budget_epsilon:g}: {len(epsilons)} releases of one data set are charged together, about "
+            f"{needed:g}. Set budget_epsilon to that, or sweep over public data, which protects nobody"
         )
     return sorted(epsilons)
+
+
+def _smallest_cap(epsilons: Sequence[float], delta: float, relation: str) -> float:
+    """About the smallest cap of a new account that lets all releases through, one after another."""
+    if len(epsilons) == 1:
+        return epsilons[0]
+    cost = partial(epsilon_one_by_one, epsilons, delta, relation_from_name(relation))
+    cap = max(epsilons)
+    while cost(cap=cap) * _ROOM > cap:
+        cap *= 1.005
+    return math.ceil(100 * cap) / 100
 
 
 def write_curve(bundles: Sequence[str], out: str) -> tuple[str, str]:

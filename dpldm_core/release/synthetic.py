@@ -6,7 +6,7 @@ import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -79,8 +79,22 @@ def read_synthetic(
     return (np.stack(decoded) if decoded else np.zeros((0, 1, 1, 1), np.uint8)), labels
 
 
-def count_synthetic(path: Path) -> int:
-    """Rows of one parquet file, whose first image decodes.
+class SyntheticFormat(NamedTuple):
+    """What one parquet file of synthetic images says of itself.
+
+    Args:
+        num_images: Its rows.
+        image_shape: (h, w, c) of its first image, which decodes; None: it has none.
+        class_names: Of its labels; None: there are none.
+    """
+
+    num_images: int
+    image_shape: tuple[int, ...] | None
+    class_names: tuple[str, ...] | None
+
+
+def synthetic_format(path: Path) -> SyntheticFormat:
+    """Look at one parquet file without decoding more than its first image.
 
     Raises:
         BundleError: It is damaged, or holds other columns than image and label.
@@ -89,10 +103,13 @@ def count_synthetic(path: Path) -> int:
         with pq.ParquetFile(path) as file:
             if file.schema_arrow.names not in _COLUMNS:
                 raise BundleError(f"{path.name} holds the columns {file.schema_arrow.names}, not image and label")
-            for batch in file.iter_batches(batch_size=1, columns=["image"]):
-                _pixels(batch["image"][0])
-                break
-            return int(file.metadata.num_rows)
+            first = next(file.iter_batches(batch_size=1, columns=["image"]), None)
+            features = json.loads(file.schema_arrow.metadata[b"huggingface"])["info"]["features"]
+            return SyntheticFormat(
+                num_images=int(file.metadata.num_rows),
+                image_shape=_pixels(first["image"][0]).shape if first else None,
+                class_names=tuple(features["label"]["names"]) if "label" in file.schema_arrow.names else None,
+            )
     except BundleError:
         raise
     except Exception as error:  # as above

@@ -19,6 +19,7 @@ from typing import Any
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 
+from dpldm_core.data.schema import ImageSchema
 from dpldm_core.errors import AccountingError, BundleError, ConfigError
 from dpldm_core.presets import check_delta
 from dpldm_core.privacy.accounting import accountant_versions, event_to_json
@@ -29,7 +30,7 @@ from dpldm_core.release import bundle
 from dpldm_core.release import metrics as released
 from dpldm_core.release.bundle import CARD, CONFIG, MANIFEST, METRICS, REPORT, SAMPLES
 from dpldm_core.release.sampling import read_public_config
-from dpldm_core.release.synthetic import count_synthetic, read_synthetic
+from dpldm_core.release.synthetic import read_synthetic, synthetic_format
 
 TOLERANCE = 1e-6  # of a stored epsilon: room for another machine's floating point, not for another promise
 _NOISE = {"noise_multiplier", "noise_parameter"}  # fields of events that calibration decides, not config.json
@@ -279,17 +280,32 @@ def _check_metrics(
 
 
 def _check_images(folder: Path, intact: set[str], config: dict[str, Any], strict: bool, problems: list[str]) -> None:
-    """The parquet files open and hold as many images as config.json says. Damaged ones were reported before."""
+    """The parquet files open and hold as many images as config.json says, of its size, channels and classes.
+
+    Damaged ones were reported before. Classes and labels decide which mechanisms were to be paid for.
+    """
     parts = sorted(name for name in intact if name.startswith("synthetic/"))
     if not parts or parts != [bundle.part_name(i, len(parts)) for i in range(len(parts))]:
         return
     try:
-        rows = sum(count_synthetic(folder / name) for name in parts)
-        if strict:
-            read_synthetic([folder / name for name in parts])
+        found = {name: synthetic_format(folder / name) for name in parts}
+        _, labels = read_synthetic([folder / name for name in parts]) if strict else (None, None)
+        schema = ImageSchema.model_validate(config.get("schema"))
     except BundleError as error:
         problems.append(str(error))
         return
+    except ValidationError:
+        return  # reported before
+    shape = (schema.height, schema.width, schema.channels)
+    names = schema.class_names if schema.labelled else None
+    for name, part in found.items():
+        if part.image_shape not in (shape, None):
+            problems.append(f"{name} holds images of {part.image_shape}, {CONFIG} has {shape}")
+        if part.class_names != names:
+            problems.append(f"{name} holds the classes {part.class_names}, {CONFIG} has {names}")
+    if labels is not None and len(labels) and not 0 <= labels.min() <= labels.max() < schema.num_classes:
+        problems.append(f"synthetic/ holds labels that are none of the {schema.num_classes} classes of {CONFIG}")
+    rows = sum(part.num_images for part in found.values())
     if rows != config.get("num_samples"):
         problems.append(f"synthetic/ holds {rows} images, but {CONFIG} says num_samples={config.get('num_samples')!r}")
 

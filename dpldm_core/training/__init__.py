@@ -1,1 +1,1 @@
-"""Training loops of the two stages and their saved state."""
+"""Training loops of the stages and their saved state."""

@@ -26,7 +26,6 @@ from dpldm_core.privacy.engine import Batch, BatchLoss
 from dpldm_core.privacy.plan import DpSgdPlan, ReleasePlan, chernoff_cap
 from dpldm_core.rng import SecretKey
 from dpldm_core.training import private, stages
-from dpldm_core.training.private import OnStep
 from dpldm_core.training.units import Units
 
 METHOD = "one training run with canaries, white box; f-DP bound of Mahloujifar, Melis and Chaudhuri (2024)"
@@ -96,7 +95,6 @@ class CanaryAudit:
         key: SecretKey,
         *,
         loss: BatchLoss,
-        on_step: OnStep | None = None,
         **loop: Any,
     ) -> nn.Module:
         """Train with canaries among the units, by the same loop, engine, q, T, C and sigma.
@@ -109,7 +107,6 @@ class CanaryAudit:
             plan: Of the stage.
             key: Secret key of the stage.
             loss: One loss per unit.
-            on_step: Called with (steps done, num_steps).
             loop: Further arguments of :func:`train_private`.
 
         Returns:
@@ -122,12 +119,10 @@ class CanaryAudit:
         cap = chernoff_cap(units.num_units + m, plan.sample_rate, plan.truncation_probability)
         scores = self.scores[plan.stage] = CanaryScores(m)
 
-        def watch(done: int, total: int) -> None:
+        def watch(done: int, num_steps: int) -> None:
             gradient = audited.canaries.weight.grad
             assert gradient is not None
             scores.observe(gradient[:, 0].double().cpu().numpy(), plan)
-            if on_step:
-                on_step(done, total)
 
         trained = private.train_private(
             audited,

@@ -211,7 +211,7 @@ def train_denoiser_on_released(
         batch = {
             "values": latents[rows][:, None],
             "class_labels": class_labels[rows][:, None],
-            "weights": torch.ones(len(rows), 1),
+            "weights": torch.ones(len(rows), 1, device=latents.device),
         }
         loss = diffusion_loss(model, draw_diffusion(batch, generator, config, model.sigma_data)).mean()
         optimizer.zero_grad()

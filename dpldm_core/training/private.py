@@ -1,4 +1,4 @@
-"""The DP-SGD training loop that both stages share."""
+"""The DP-SGD training loop that all stages share."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ from dpldm_core.training.autoencoder import encode, pretrain_autoencoder, train_
 from dpldm_core.training.building import new_autoencoder, new_denoiser, new_teacher, to_tensor, to_uint8
 from dpldm_core.training.diffusion import pretrain_denoiser, train_denoiser, train_denoiser_on_released
 from dpldm_core.training.prior import fit_released_prior, release_prior
-from dpldm_core.training.private import OnStep, TrainLoop, train_private
+from dpldm_core.training.private import TrainLoop, train_private
 from dpldm_core.training.sampling import sample_images, sample_prior
 from dpldm_core.training.state import load_model, load_names, save_model, save_names
 from dpldm_core.training.teacher import deformed_copies, learn_features, train_head
@@ -52,7 +52,6 @@ class Run:
         binding: Digest of plan, data and code.
         checkpoint: Folder to resume from and save to.
         on_checkpoint: Called after each save.
-        on_step: Called with (steps done, steps): public.
         train: The DP-SGD loop; an audit gives one that adds canaries.
     """
 
@@ -60,7 +59,6 @@ class Run:
     binding: str = ""
     checkpoint: Path | None = None
     on_checkpoint: Callable[[], None] | None = None
-    on_step: OnStep | None = None
     train: TrainLoop = train_private
 
     @property
@@ -76,7 +74,6 @@ class Run:
             "binding": self.binding,
             "checkpoint": self.checkpoint,
             "on_checkpoint": self.on_checkpoint,
-            "on_step": self.on_step,
             "train": self.train,
         }
 

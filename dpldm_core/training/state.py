@@ -24,7 +24,7 @@ class TrainState:
         step: Logical steps done.
         model: The network being trained.
         ema: Its average.
-        optimizer: Adam or AdamW.
+        optimizer: Adam, or SGD with momentum.
         binding: Digest of plan, data and code that the run belongs to.
     """
 

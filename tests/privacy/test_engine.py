@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch import nn
 
+from dpldm_core.config import PerformanceConfig
 from dpldm_core.errors import UnsupportedLayerError
 from dpldm_core.privacy.clipping import BookKeeping
 from dpldm_core.privacy.engine import DpSgdEngine, check_bounded
@@ -56,9 +57,8 @@ def make_engine(model=None, plan=None, key=KEY, *, loss=loss, physical_batch_siz
         plan or make_plan(),
         key,
         loss=loss,
-        probe={"x": torch.randn(4, DIM)},
         physical_batch_size=physical_batch_size,
-        **options,
+        **{"probe": {"x": torch.randn(4, DIM)}} | options,
     )
 
 
@@ -146,6 +146,28 @@ def test_an_empty_batch_is_a_step_like_any_other():
     noise = plan.noise(KEY.derive("noise")).draw(0, 57) * C * GRID
     torch.testing.assert_close(got, torch.from_numpy(noise), rtol=1e-6, atol=0)
     assert len(seen) == 5
+
+
+def test_float32_sums_of_the_largest_chunk_round_by_less_than_is_charged_for():
+    """A unit less moves the rows of all others up: the sum of what is left of them is rounded otherwise."""
+    most = next(m.le for m in PerformanceConfig.model_fields["physical_batch_size"].metadata if hasattr(m, "le"))
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(400, generator=generator) + 0.01 * torch.rand(4 * most, 400, generator=generator)  # nearly parallel
+    torch.manual_seed(0)
+    model = nn.Linear(400, 10)
+    engine = make_engine(model, probe={"x": x[:4]}, loss=lambda model, batch: model(batch["x"]).square().sum(1))
+
+    def clipped(rows, mask):
+        sums = engine._clip.clipped_sum(lambda: engine._loss(model, {"x": x[rows]}), mask)
+        return torch.cat([part.flatten().double() for part in sums])
+
+    def rounding(n):
+        rows = torch.arange(n)
+        with_first, without = clipped(rows, rows < n), clipped(rows.roll(-1), rows < n - 1)
+        return float((with_first - without - clipped(rows[:1], rows[:1] < 1)).norm()) / C
+
+    slack = SENSITIVITY_SLACK - 1 - 0.25e-3  # a quarter of it is the grid's
+    assert rounding(most) <= slack < rounding(4 * most)
 
 
 @pytest.mark.parametrize("physical", [1, 4, 30, 1000])

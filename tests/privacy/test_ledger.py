@@ -134,7 +134,7 @@ def test_an_unlimited_account_is_for_public_data_only(ledger):
 
 
 def test_a_sealed_schedule_composes_as_one_pld(ledger):
-    """PRIVACY.md 2.7: joint composition is far cheaper than adding epsilons."""
+    """Joint composition is far cheaper than adding epsilons (docs/decisions/0007)."""
     plan = plan_of(12.0)
     ledger.seal("a", [plan] * 5)
     joint = plan_of(*[12.0] * 5).epsilon()

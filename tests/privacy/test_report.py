@@ -38,7 +38,7 @@ def report_of(plan, **changes):
 
 @pytest.fixture(scope="module")
 def anchor():
-    """The composition of PRIVACY.md 2.4."""
+    """Three mechanisms, whose epsilon dp-accounting alone gave."""
     return report_of(
         release(
             sgd("autoencoder", 2.0, 1000),
@@ -49,7 +49,7 @@ def anchor():
 
 
 def test_anchor_numbers(anchor):
-    """PRIVACY.md 2.4 [M]: PLD 17.011 end to end, 37.16 under REPLACE_ONE, at delta 1e-5."""
+    """PLD 17.011 end to end, 37.16 under REPLACE_ONE, at delta 1e-5."""
     assert anchor.epsilon == pytest.approx(17.011, abs=1e-3)
     assert anchor.epsilon_replace_one == pytest.approx(37.16, abs=5e-3)
     assert anchor.neighboring_relation == "ADD_OR_REMOVE_ONE" and anchor.delta == 1e-5

@@ -53,8 +53,21 @@ def test_two_steps_for_a_test_are_never_refused_for_their_noise(tmp_path):
         ("s3://scans/a", "s3://scans/a"),
         ("s3://scans/a/", "s3://scans/a"),
         ("s3a://scans//a", "s3://scans/a"),
+        ("local:///scans/a.npz", "/scans/a.npz"),
+        ("gcs://scans/a", "gs://scans/a"),
+        ("abfss://scans/a", "abfs://scans/a"),
+        ("unheard://scans/a/", "unheard://scans/a"),
     ],
 )
 def test_one_account_for_all_spellings_of_a_place(spelling, account):
     """A second spelling would open a second account, with a budget of its own."""
+    if library := {"gcs": "gcsfs", "abfss": "adlfs"}.get(spelling.partition("://")[0]):
+        pytest.importorskip(library)
     assert account_name(spelling) == account
+
+
+@pytest.mark.parametrize("dataset", ["simplecache::file:///scans/a.npz", "zip://a.npz::s3://scans/all.zip"])
+def test_a_uri_inside_another_is_refused(dataset):
+    """Each way of wrapping it would have an account of its own."""
+    with pytest.raises(ConfigError, match=r"dataset='.*' is one URI inside another.*account"):
+        account_name(dataset)

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from dpldm_core.data.schema import ImageSchema
@@ -348,8 +349,37 @@ def test_strict_looks_at_every_image(folder, rewrite, tmp_path):
     other = tmp_path / "other.parquet"
     write_synthetic_parquet(other, np.zeros((3, 9, 9, 1), np.uint8), np.zeros(3, np.int64), ["a", "b", "c"])
     rewrite(folder, "synthetic/part-00001-of-00002.parquet", lambda _: other.read_bytes())
-    verify_bundle(folder)
+    assert "part-00001-of-00002.parquet holds images of (9, 9, 1), config.json has (8, 8, 1)" in problems(folder)
     assert "differ in size" in problems(folder, strict=True)
+
+
+@pytest.mark.parametrize(
+    ("schema", "message"),
+    [
+        (
+            {"labelled": False, "class_names": ["all"]},
+            "holds the classes ('ankle boot', 'bag', 'coat'), config.json has None",
+        ),
+        ({"class_names": ["ankle boot", "bag"]}, "config.json has ('ankle boot', 'bag')"),
+        ({"height": 9}, "holds images of (8, 8, 1), config.json has (9, 8, 1)"),
+    ],
+)
+def test_images_are_those_of_the_schema_that_decides_the_bill(folder, rewrite, schema, message):
+    """With one class, or none, no mechanism of labels and no teacher would be looked for."""
+    rewrite(folder, "config.json", lambda config: config["schema"].update(schema))
+    assert message in problems(folder)
+
+
+def test_strict_looks_at_every_label(folder, rewrite, tmp_path):
+    other = tmp_path / "other.parquet"
+    images, labels = np.zeros((3, 8, 8, 1), np.uint8), np.array([0, 1, 3])
+    write_synthetic_parquet(other, images, labels, [*CLASSES, "dress"])
+    table = pq.read_table(other)
+    metadata = pq.read_table(folder / "synthetic/part-00001-of-00002.parquet").schema.metadata
+    pq.write_table(table.replace_schema_metadata(metadata), other)
+    rewrite(folder, "synthetic/part-00001-of-00002.parquet", lambda _: other.read_bytes())
+    verify_bundle(folder)
+    assert "labels that are none of the 3 classes" in problems(folder, strict=True)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", "null", '{"a": NaN}', "[" * 100_000, '{"files": [1]}', "\ud800"])

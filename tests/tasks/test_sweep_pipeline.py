@@ -1,6 +1,7 @@
 """Several releases of one data set, and the curve that they make."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -24,9 +25,12 @@ def check(dataset, epsilons, **changed):
 
 
 def test_a_sweep_is_one_release_for_each_epsilon_charged_together(machine, own_data, ledger):
-    done = sweep_pipeline(
-        dataset=own_data, epsilons=[6.0, 3.0], delta=1e-4, preset="smoke", num_samples=40, budget_epsilon=9.0
-    )
+    asked = {"dataset": own_data, "epsilons": [6.0, 3.0], "delta": 1e-4, "preset": "smoke", "num_samples": 40}
+    with pytest.raises(ConfigError, match="charged together, about") as refused:
+        check(own_data, [6.0, 3.0], delta=1e-4, budget_epsilon=6.5)
+    enough = float(re.search(r"about ([\d.]+)\. Set", str(refused.value))[1])
+    assert enough < 9, "releases together cost less than their sum"
+    done = sweep_pipeline(**asked, budget_epsilon=enough)
     points = json.loads((machine / done.curve).read_text())["points"]
     reports = [verify_bundle(machine / bundle).report for bundle in done.bundles]
     assert [p["epsilon"] for p in points] == [r.epsilon for r in reports]
@@ -44,8 +48,10 @@ def test_a_sweep_is_one_release_for_each_epsilon_charged_together(machine, own_d
         ([], {}, "epsilons="),
         ([1.0, 1.0], {"budget_epsilon": 2.0}, "epsilons="),
         ([1.0, -2.0], {"budget_epsilon": 9.0}, "epsilon=-2.0"),
-        ([1.0, 3.0], {}, "charged together, at most 4"),
-        ([1.0, 3.0], {"budget_epsilon": 3.5}, "charged together, at most 4"),
+        ([1.0, 3.0], {}, r"charged together, about 3\.\d+\. Set"),
+        ([1.0, 3.0], {"budget_epsilon": 3.5}, r"charged together, about 3\.\d+\. Set"),
+        ([0.2, 10.0], {"budget_epsilon": 10.2}, r"charged together, about 11\.\d+\. Set budget_epsilon to that"),
+        ([2.0], {"budget_epsilon": 1.9}, "charged together, about 2"),
         ([1.0], {"budget_epsilon": 1.0, "preset": "quik"}, "quick"),
     ],
 )

@@ -51,7 +51,7 @@ def _check_metrics():
     assert [name for name in names if not name.startswith(METRICS)] == []
     client = mlflow.MlflowClient()
     artifacts = {a.path for run in runs() for a in client.list_artifacts(run.info.run_id)}
-    assert artifacts <= {"events", "privacy_report.json", "samples.png"}
+    assert {"config.json"} < artifacts <= {"config.json", "events", "privacy_report.json", "samples.png"}
 
 
 def test_no_task_has_a_deck():
