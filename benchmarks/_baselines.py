@@ -113,7 +113,7 @@ def pixel_dpdm(records: Records, config: ReleaseConfig, *, noise_multiplier: flo
 
     The release's kind of network, 32 channels wide, on all pixels in patches of 4x4, with the preconditioning of Karras
     et al. (2022) in the place of a prior, two noise draws a record, and the whole epsilon. What it learns from takes
-    about the minutes of preset cpu's denoiser: 800 steps of a batch of 256 (DPDM's own takes GPU-hours).
+    minutes of one core: 800 steps of a batch of 256 (DPDM's own takes GPU-hours).
 
     Args:
         records: Private records.

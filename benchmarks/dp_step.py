@@ -272,7 +272,7 @@ def measure(build: Callable[[], Workload], rows: int, arms: list[str], rounds: i
 
 
 def physical_of(arm: str) -> int:
-    """Rows per forward pass: 512, the presets' value, for every arm but those that keep every unit's gradient."""
+    """Rows per forward pass: 512 (presets take 256) for every arm but those that keep every unit's gradient."""
     return 128 if arm in ("opacus_hooks", "vmap") else 512
 
 

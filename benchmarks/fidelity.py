@@ -118,9 +118,11 @@ def main() -> None:
         train, test = (loaded := load_dataset(config["dataset"], **where)).train, loaded.test
         if test is None:
             parser.error(f"{config['dataset']} has no test images to compare with")
-        if arguments.inception_weights:
-            extractors.setdefault(config["dataset"], inception_extractor(arguments.inception_weights))
-        elif config["dataset"] not in extractors:
+        if config["dataset"] in extractors:
+            pass
+        elif arguments.inception_weights:
+            extractors[config["dataset"]] = inception_extractor(arguments.inception_weights)
+        else:
             settings = {"num_classes": train.schema.num_classes, "num_epochs": config["evaluation"]["num_epochs"]}
             judge = train_classifier(train.images, train.labels, seed=FIRST_SEED, **settings)
             extractors[config["dataset"]] = classifier_extractor(judge)

@@ -115,11 +115,11 @@ def _oldest_first() -> list[dict]:
 
 
 def stages_table() -> str:
-    """Processor seconds and peak memory of each stage of the same releases."""
+    """Processor seconds and peak memory in GB of each stage of the same releases."""
     stages = MADE[2:]
     rows = [
-        "| data | epsilon | preset | " + " | ".join(stages) + " | images | peak memory |",
-        "|" + "---|" * (5 + len(stages)),
+        "| data | epsilon | preset | " + " | ".join(stages) + " | images |",
+        "|" + "---|" * (4 + len(stages)),
     ]
     for result in results_of_quality():
         found = [result["stages"][name] for name in stages]
@@ -127,9 +127,8 @@ def stages_table() -> str:
             result["dataset"],
             f"{result['config']['epsilon']:g}",
             _preset_of(result),
-            *(f"{stage['cpu_seconds']:.0f}" for stage in found),
+            *(f"{stage['cpu_seconds']:.0f}, {stage['peak_memory_gb']:.1f}" for stage in found),
             f"{result['config']['num_samples']:,}",
-            f"{max(stage['peak_memory_gb'] for stage in found):.1f} GB",
         )
         rows.append("| " + " | ".join(cells) + " |")
     return "\n".join(rows)
@@ -189,6 +188,30 @@ def _cores_of(result: dict) -> str:
 
 def _counted(number: int, what: str) -> str:
     return f"{number} {what}" + "s" * (number != 1)
+
+
+def fewer_table() -> str:
+    """One row per result file of benchmarks/fewer.py, beside the whole release."""
+    rows = [
+        "| data | epsilon | preset | images | small CNN trained on the first of them: accuracy, sd, max of n, images | "
+        "Frechet distance / floor |",
+        "|---|---|---|---|---|---|",
+    ]
+    for path in sorted((HERE / "results" / "fewer").glob("*.json")):
+        result = json.loads(path.read_text())
+        config, accuracy = result["config"], result["measured"]["train_on_synthetic_accuracy"]
+        frechet = result["measured"]["fd_real_classifier"]
+        cells = (
+            result["dataset"],
+            f"{config['epsilon']:g}",
+            _preset_of(result),
+            f"{config['num_samples']:,}",
+            f"{100 * accuracy['mean']:.1f}, {100 * accuracy['std']:.1f}, {100 * accuracy['max']:.1f} of "
+            f"{accuracy['num_seeds']}, {accuracy['num_images']:,}",
+            f"{frechet['distance']:.3g} / {frechet['floor']:.3g}",
+        )
+        rows.append("| " + " | ".join(cells) + " |")
+    return "\n".join(rows)
 
 
 def guidance_table() -> str:
@@ -424,6 +447,7 @@ TABLES = {
     "presets": presets_table,
     "published": published_table,
     "quality": quality_table,
+    "fewer": fewer_table,
     "stages": stages_table,
     "overhead": overhead_table,
     "fidelity": fidelity_table,
