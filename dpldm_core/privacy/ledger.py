@@ -291,20 +291,20 @@ class Ledger:
 
         return fold(self._chain.append(decide)).entry(entry_id)
 
-    def close_failed(self, entry_id: str, *, reason: str) -> Entry:
+    def close_failed(self, entry_id: str, *, reason: str, for_good: bool = False) -> Entry:
         """Close a release that failed: cancelled when no mechanism began, else its cost stays for ever.
 
         A plan that is cancelled when another release's output is known may count on (docs/decisions/0007).
-        A failed release keeps its secret, so that the same run can still be resumed.
+        A failed release keeps its secret, so that the same run can still be resumed, unless it is closed for good.
         """
 
         def decide(links: list[Link]) -> Change | None:
             entry = fold(links).entry(entry_id)
-            if entry.state in ("published", "cancelled", "failed"):
+            if entry.state in ("published", "cancelled") or (entry.state == "failed" and not for_good):
                 return None
             body = {"entry_id": entry_id, "reason": reason}
             if entry.stages:
-                return Change("fail", body)
+                return Change("fail", body, destroy_secret=entry_id if for_good else None)
             return Change("cancel", body, destroy_secret=entry_id)
 
         return fold(self._chain.append(decide)).entry(entry_id)

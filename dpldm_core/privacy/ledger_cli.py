@@ -39,7 +39,9 @@ def main(argv: list[str] | None = None) -> int:
     three.add_argument("--epsilon", type=float, help="of each; default: the most that the cap allows")
     three.add_argument("--plan", type=Path, help="privacy plan of each (JSON of a ReleasePlan) instead of --epsilon")
     three.add_argument("--seal", action="store_true", help="with --plan: seal them as the account's schedule")
-    four = commands.add_parser("close", help="close a release that was stopped; frees its budget if nothing has read")
+    four = commands.add_parser(
+        "close", help="close a release that was stopped; frees its budget if nothing has read, and destroys its key"
+    )
     four.add_argument("--account", required=True)
     four.add_argument("--release", required=True, help="as `show` names it; it must not run any more")
     commands.add_parser("verify", help="check the whole chain")
@@ -71,7 +73,7 @@ def _run(ledger: Ledger, arguments: argparse.Namespace) -> list[str]:
         if not stopped:
             raise LedgerError(f"account {arguments.account!r} has no open release={arguments.release!r}")
         for entry in stopped:
-            ledger.close_failed(entry.entry_id, reason="closed by hand")
+            ledger.close_failed(entry.entry_id, reason="closed by hand", for_good=True)
     if arguments.command == "plan":
         return _forecast(ledger, arguments)
     books = ledger.books()

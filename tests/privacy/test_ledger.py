@@ -562,6 +562,18 @@ def test_no_refund_after_a_read(ledger):
     assert begin(ledger, entry, "s0"), "the same run can still be resumed"
 
 
+def test_closed_for_good_a_failed_release_leaves_no_key(ledger):
+    """Its bundle may be in place already: who holds the key could take the noise off what it publishes."""
+    entry = reserve(ledger)
+    ledger.bind_plan(entry.entry_id, PLAN)
+    begin(ledger, entry, "s0")
+    ledger.close_failed(entry.entry_id, reason="x")
+    assert ledger.close_failed(entry.entry_id, reason="by hand", for_good=True).state == "failed"
+    assert ledger.books().spent("a") == pytest.approx(COST, abs=1e-12)
+    with pytest.raises(LedgerError, match="its key is destroyed"):
+        begin(ledger, entry, "s0")
+
+
 def test_a_hold_on_unread_data_is_lifted(ledger):
     entry = reserve(ledger)
     assert ledger.close_failed(entry.entry_id, reason="bad input").state == "cancelled"
