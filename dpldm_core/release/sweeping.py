@@ -72,8 +72,9 @@ def check_sweep(
             config=config,
             publish_metrics=True,
         )
-    needed = _smallest_cap(sorted(epsilons), delta, request.relation)
-    if not request.public_data and budget_epsilon < needed:
+    if request.public_data:
+        return sorted(epsilons)
+    if budget_epsilon < (needed := _smallest_cap(sorted(epsilons), delta, request.relation)):
         raise ConfigError(
             f"budget_epsilon={budget_epsilon:g}: {len(epsilons)} releases of one data set are charged together, about "
             f"{needed:g}. Set budget_epsilon to that, or sweep over public data, which protects nobody"
@@ -87,7 +88,7 @@ def _smallest_cap(epsilons: Sequence[float], delta: float, relation: str) -> flo
         return epsilons[0]
     cost = partial(epsilon_one_by_one, epsilons, delta, relation_from_name(relation))
     cap = max(epsilons)
-    while cost(cap=cap) * _ROOM > cap:
+    while cost(cap=cap) * _ROOM > cap and cap < 2 * sum(epsilons):
         cap *= 1.005
     return math.ceil(100 * cap) / 100
 
