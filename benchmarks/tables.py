@@ -214,6 +214,28 @@ def fewer_table() -> str:
     return "\n".join(rows)
 
 
+def readers_table() -> str:
+    """One row per result file of benchmarks/readers.py."""
+    kinds = ("named", "named_alike", "unknown", "taken_for_real")
+    rows = [
+        "| data | epsilon | preset | images of each kind, sheets | named as they are labelled: synthetic, real | with "
+        "look-alikes as one class | not to be named | taken for real |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for path in sorted((HERE / "results" / "readers").glob("*.json")):
+        result = json.loads(path.read_text())
+        synthetic, real = result["synthetic"], result["real"]
+        cells = (
+            result["dataset"],
+            f"{_epsilon_of(result):g}",
+            _preset_of(result),
+            f"{synthetic['images']}, {result['sheets']}",
+            *(f"{100 * synthetic[k] / synthetic['images']:.0f}, {100 * real[k] / real['images']:.0f} %" for k in kinds),
+        )
+        rows.append("| " + " | ".join(cells) + " |")
+    return "\n".join(rows)
+
+
 def guidance_table() -> str:
     """Releases that were sampled with several strengths of guidance."""
     rows = [
@@ -451,6 +473,7 @@ TABLES = {
     "stages": stages_table,
     "overhead": overhead_table,
     "fidelity": fidelity_table,
+    "readers": readers_table,
     "guidance": guidance_table,
     "ablation": ablation_table,
     "variety": variety_table,

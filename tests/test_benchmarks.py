@@ -16,6 +16,7 @@ import _baselines
 import ablation
 import fidelity
 import quality
+import readers
 from quality import add_arguments, request_of
 
 from dpldm_core.data.schema import ImageSchema, Records
@@ -200,6 +201,27 @@ def test_fidelity_measures_the_images_that_a_run_kept(tmp_path):
         fidelity.kept_files({"images_sha256": {"release": known["release"]}}, tmp_path / "kept")
     with pytest.raises(SystemExit, match="holds no images"):
         fidelity.kept_files({}, tmp_path / "nothing")
+
+
+def test_readers_answers_are_counted_by_source():
+    key = [{"class": c, "source": s} for c, s in (("a", "real"), ("b", "synthetic"), ("c", "synthetic"), ("a", "real"))]
+    answers = {1: ("a", "real"), 2: ("c", "real"), 3: ("?", "synthetic"), 4: ("b", "synthetic")}
+    found = readers.score(key, answers, {"b", "c"})
+    assert found["synthetic"] == {"images": 2, "named": 0, "named_alike": 1, "unknown": 1, "taken_for_real": 1}
+    assert found["real"] == {"images": 2, "named": 1, "named_alike": 1, "unknown": 0, "taken_for_real": 1}
+    for wrong in ({}, answers | {2: ("d", "real")}, answers | {2: ("b", "no idea")}):
+        with pytest.raises(SystemExit, match="image "):
+            readers.score(key, wrong, set())
+
+
+def test_a_sheet_shows_all_images_in_their_order():
+    images = np.zeros((23, 28, 28, 1), dtype=np.uint8)
+    images[14] = 200
+    sheet = np.array(readers.draw_sheet(images))
+    gray = np.argwhere((sheet == 200).all(2))
+    assert len(gray) == 84 * 84
+    tile = (28 * 3 + readers._GAP, 28 * 3 + readers._NUMBER + readers._GAP)  # the fifteenth: row 1, column 4
+    assert gray.min(0).tolist() == [readers._GAP + tile[1] + readers._NUMBER, readers._GAP + 4 * tile[0]]
 
 
 def test_a_stage_s_peak_of_memory_is_its_own():

@@ -14,6 +14,7 @@ from dpldm_core.models.autoencoder import Autoencoder, unwhitening
 from dpldm_core.privacy.engine import Batch
 from dpldm_core.privacy.plan import DpSgdPlan
 from dpldm_core.rng import SecretKey
+from dpldm_core.threads import multiplying_in_bfloat16
 from dpldm_core.training.private import TrainLoop, train_private
 from dpldm_core.training.units import Units
 
@@ -90,15 +91,16 @@ def pretrain_autoencoder(model: Autoencoder, config: AutoencoderConfig, *, seed:
     )
     pool = procedural_images(_POOL, channels, height, width, generator=generator)
     losses = []
-    for _ in range(config.procedural_steps):
-        images = pool[torch.randint(_POOL, (config.procedural_batch_size,), generator=generator)]
-        batch = draw_codec({"values": images[:, None], "weights": torch.ones(len(images), 1)}, draws, config, spread)
-        loss = reconstruction_loss(model, batch).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        losses.append(loss.item())
+    with multiplying_in_bfloat16(model.decoder.refiner):
+        for _ in range(config.procedural_steps):
+            images = pool[torch.randint(_POOL, (config.procedural_batch_size,), generator=generator)]
+            drawn = {"values": images[:, None], "weights": torch.ones(len(images), 1)}
+            loss = reconstruction_loss(model, draw_codec(drawn, draws, config, spread)).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            losses.append(loss.item())
     return losses
 
 

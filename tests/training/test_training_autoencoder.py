@@ -101,3 +101,15 @@ def test_a_decoder_that_has_met_noise_removes_more_of_it():
             shown = model.decoder(model.encoder(images) + noise).clamp(-1, 1)
         errors[level] = float((shown - images).square().mean())
     assert errors[0.5] < 0.9 * errors[0.0], errors
+
+
+def test_pretraining_in_bfloat16_ends_before_private_records_are_met(monkeypatch):
+    """DP-SGD bounds norms and sums in the precision that it was told; the decoder may not work in another."""
+    config, met = settings(procedural_steps=2, procedural_batch_size=8), []
+    model = build_autoencoder(config, channels=1, height=14, width=14)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    model.decoder.refiner.layers[0].register_forward_hook(lambda *_: met.append(torch.is_autocast_enabled("cpu")))
+    pretrain_autoencoder(model, config, seed=0)
+    model(torch.zeros(3, 1, 14, 14))
+    assert met == [True, True, False]
