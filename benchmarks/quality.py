@@ -31,8 +31,7 @@ from dpldm_core.config import ReleaseConfig
 from dpldm_core.data.ingest import ingest_dataset
 from dpldm_core.data.schema import read_records
 from dpldm_core.models.classifier import SmallCnn, train_classifier
-from dpldm_core.privacy.calibration import COVARIANCES, DIFFUSION, MEANS, TEACHER
-from dpldm_core.privacy.report import recompute
+from dpldm_core.privacy.calibration import TEACHER
 from dpldm_core.release.bundle import digest
 from dpldm_core.release.measuring import FIRST_SEED, evaluate_files
 from dpldm_core.release.opening import Decision, Request, check_request, decide
@@ -103,9 +102,7 @@ def request_of(arguments: argparse.Namespace, folder: Path) -> Request:
     )
 
 
-def train_models(
-    train: Path, decision: Decision, folder: Path, clock: Clock, *, kept: Path | None
-) -> tuple[dict[str, Path], float]:
+def train_models(train: Path, decision: Decision, folder: Path, clock: Clock) -> tuple[dict[str, Path], float]:
     """The stages that spend, on private records.
 
     Args:
@@ -113,7 +110,6 @@ def train_models(
         decision: Configuration, plan and schema.
         folder: Where the models are written.
         clock: Measures each stage.
-        kept: Denoiser of an earlier run; None: it is trained. The encoder has no weights, so no other stage moves it.
 
     Returns:
         The public model files by name, and the noise of the latents that the denoiser was trained on.
@@ -123,14 +119,11 @@ def train_models(
     run = stages.Run(folder)
     with clock.stage("train_autoencoder"):
         autoencoder, decoder, _ = stages.train_codec(train, config, plan, keys.__getitem__, run)
-    if kept is not None:
-        denoiser, noise_std = Path(shutil.copy(kept, folder / "denoiser.safetensors")), 0.0
-    else:
-        with clock.stage("extract_latents"):
-            latents, noise_std = stages.extract_latents(train, autoencoder, config, plan, keys.__getitem__, run)
-        with clock.stage("train_diffusion"):
-            files = latents, noise_std, config, decision.schema
-            denoiser, _ = stages.train_diffusion(*files, plan, keys.__getitem__, run)
+    with clock.stage("extract_latents"):
+        latents, noise_std = stages.extract_latents(train, autoencoder, config, plan, keys.__getitem__, run)
+    with clock.stage("train_diffusion"):
+        files = latents, noise_std, config, decision.schema
+        denoiser, _ = stages.train_diffusion(*files, plan, keys.__getitem__, run)
     models = {"decoder": decoder, "denoiser": denoiser}
     with clock.stage("train_teacher"):
         if TEACHER in plan.stages():
@@ -141,47 +134,13 @@ def train_models(
     return models, noise_std
 
 
-def with_earlier_stages(result: dict, earlier: dict) -> dict:
-    """The result of a release with a kept denoiser: its bill and seconds are those of the run that trained it.
-
-    Args:
-        result: Of the release, billed as its own plan says.
-        earlier: Result file of the run that kept the denoiser.
-
-    Returns:
-        The result, billed with what the denoiser truly cost.
-
-    Raises:
-        SystemExit: The denoiser is another run's, or with its true bill the release costs more than its plan says.
-    """
-    again = "train it again, without --denoiser"
-    if earlier.get("denoiser_sha256", result["denoiser_sha256"]) != result["denoiser_sha256"]:
-        raise SystemExit(f"--denoiser: it is not what the run of this result file trained; {again}")
-    paid = {event["stage"]: event for event in earlier["events"] if event["stage"] in (MEANS, COVARIANCES, DIFFUSION)}
-    if not_in_plan := sorted(paid.keys() - {event["stage"] for event in result["events"]}):
-        raise SystemExit(f"--denoiser: it paid for {', '.join(not_in_plan)}, which this plan has no place for; {again}")
-    result["events"] = [paid.get(event["stage"], event) for event in result["events"]]
-    epsilon, replace_one = recompute(result)
-    if epsilon > result["epsilon"]:
-        raise SystemExit(f"--denoiser: with it epsilon is {epsilon}, above the plan's {result['epsilon']}; {again}")
-    result |= {"epsilon": epsilon, "epsilon_replace_one": replace_one}
-    spent = {name: earlier["stages"][name] for name in ("extract_latents", "train_diffusion")}
-    result["stages"] = spent | result["stages"]
-    result["release_minutes"] = minutes_of(result["stages"])
-    result["trained_by"] = earlier.get("trained_by", earlier["machine"])
-    return result
-
-
-def release_and_measure(
-    arguments: argparse.Namespace, folder: Path, real_classifier: SmallCnn | None = None, kept: Path | None = None
-) -> dict:
+def release_and_measure(arguments: argparse.Namespace, folder: Path, real_classifier: SmallCnn | None = None) -> dict:
     """All stages of one release, then its measurement, with features of a classifier of the real training records.
 
     Args:
         arguments: From :func:`add_arguments`.
         folder: Where files are written.
         real_classifier: Whose features the distances are of; None: one is trained.
-        kept: See :func:`train_models`.
 
     Returns:
         The result file.
@@ -202,7 +161,7 @@ def release_and_measure(
             split_by=by,
             schema=schema,
         )
-    models, noise_std = train_models(train, decision, folder, clock, kept=kept)
+    models, noise_std = train_models(train, decision, folder, clock)
 
     def drawn(settings: ReleaseConfig, where: Path) -> Path:
         where.mkdir(exist_ok=True)
@@ -261,7 +220,6 @@ def release_and_measure(
         "guidance": guided,
         "config": config.model_dump(mode="json"),
         "images_sha256": {name: digest(path)["sha256"] for name, path in images.items()},
-        "denoiser_sha256": digest(models["denoiser"])["sha256"],
         "machine": machine,
     }
 
@@ -312,23 +270,13 @@ def main() -> None:
     add_arguments(parser)
     parser.add_argument("--name", default="", help="name of the result file")
     parser.add_argument("--keep", default="", help="folder for models and images of the release and of other methods")
-    parser.add_argument(
-        "--denoiser", default="", help="file that an earlier run kept, paid for as there; all else is made"
-    )
     arguments = parser.parse_args()
-    if arguments.denoiser and arguments.latent_mechanism != "dp_sgd":
-        parser.error("--denoiser: the latents of this mode carry noise that the model does not tell")
     default = f"{Path(arguments.dataset).stem}-eps{arguments.epsilon:g}-{arguments.preset}-{arguments.latent_mechanism}"
     name = arguments.name or default
     path = RESULTS / f"{name}.json"
-    denoiser = Path(arguments.denoiser) if arguments.denoiser else None
-    if denoiser and (missing := [p for p in (path, denoiser) if not p.exists()]):
-        parser.error(f"--denoiser: there is no {missing[0]}; run this with --keep and without --denoiser first")
     with tempfile.TemporaryDirectory() as folder:
-        result = release_and_measure(arguments, Path(folder), kept=denoiser)
+        result = release_and_measure(arguments, Path(folder))
         drawn = {"shard-00000": "release"} | {baseline: baseline for baseline in result["baselines"]}
-        if denoiser is not None:
-            result = with_earlier_stages(result, json.loads(path.read_text()))
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(result, indent=1) + "\n")
         print(path)

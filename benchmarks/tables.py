@@ -180,14 +180,9 @@ def _machine_of(result: dict) -> str:
 
 
 def _cores_of(result: dict) -> str:
-    """On how many, and the denoiser if it was another run's."""
-    here, there = result["machine"], result.get("trained_by", result["machine"])
-    also = f" (denoiser: {_counted(there['cores'], 'core')})" if there["cores"] != here["cores"] else ""
-    return _counted(here["cores"], "core") + also
-
-
-def _counted(number: int, what: str) -> str:
-    return f"{number} {what}" + "s" * (number != 1)
+    """On how many."""
+    cores = result["machine"]["cores"]
+    return f"{cores} core" + "s" * (cores != 1)
 
 
 def fewer_table() -> str:

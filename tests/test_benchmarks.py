@@ -25,7 +25,6 @@ from dpldm_core.evaluation.features import FeatureExtractor
 from dpldm_core.models.classifier import train_classifier
 from dpldm_core.overrides import merge
 from dpldm_core.privacy import accounting
-from dpldm_core.privacy.calibration import COVARIANCES, DIFFUSION, MEANS, TEACHER
 from dpldm_core.release.bundle import digest
 from dpldm_core.release.synthetic import write_synthetic_parquet
 
@@ -66,41 +65,6 @@ def test_an_arm_of_the_ablation_leaves_out_its_part_and_nothing_else(arm, tmp_pa
         assert after[left_out] == 0
         rest = {s: share for s, share in before.items() if s != left_out}
         assert {s: after[s] for s in rest} == pytest.approx({s: v / sum(rest.values()) for s, v in rest.items()})
-
-
-RESULTS = Path(quality.RESULTS)
-
-
-@pytest.fixture
-def paid():
-    """A committed result, with the digest of a denoiser."""
-    return json.loads((RESULTS / "mnist-eps1-cpu-dp_sgd.json").read_text()) | {"denoiser_sha256": "a1"}
-
-
-def test_a_kept_denoiser_is_billed_as_the_run_that_trained_it(paid):
-    """What the new plan would have charged for it is nothing that was spent."""
-    now = json.loads(json.dumps(paid))
-    for event in now["events"]:
-        if event["stage"] == DIFFUSION:
-            event["event"] = next(e["event"] for e in paid["events"] if e["stage"] == TEACHER)
-    now |= {"stages": {name: paid["stages"][name] for name in ("train_teacher", "sample")}, "baselines": {}}
-    found = quality.with_earlier_stages(now, paid)
-    assert found["events"] == paid["events"]
-    assert found["epsilon"] == pytest.approx(paid["epsilon"], rel=1e-9)
-    assert found["stages"]["train_diffusion"] == paid["stages"]["train_diffusion"]
-    assert found["baselines"] == {}, "what another run measured is not of this one"
-
-
-def test_a_kept_denoiser_of_another_run_or_above_the_bill_is_refused(paid):
-    copy = json.dumps(paid)
-    with pytest.raises(SystemExit, match="not what the run"):
-        quality.with_earlier_stages(json.loads(copy) | {"denoiser_sha256": "b2"}, paid)
-    with pytest.raises(SystemExit, match="above the plan"):
-        quality.with_earlier_stages(json.loads(copy) | {"epsilon": paid["epsilon"] - 0.01}, paid)
-    without = json.loads(copy)
-    without["events"] = [event for event in without["events"] if event["stage"] not in (MEANS, COVARIANCES)]
-    with pytest.raises(SystemExit, match="no place for"):
-        quality.with_earlier_stages(without, paid)
 
 
 def some_records(n=60, classes=2):
