@@ -34,7 +34,7 @@ sweep: $(VENV)/.release | $(TMPDIR)  ## releases at several epsilons and their c
 resample: $(VENV)/.release | $(TMPDIR)  ## more images from a published bundle: ARGS="--bundle releases/<id>"
 	$(BIN)/pyflyte run workflows/release.py resample_pipeline $(ARGS)
 verify: $(VENV)/.release  ## recompute the promise of a bundle: make verify BUNDLE=releases/<id>
-	$(BIN)/python -m dpldm_core.release.verify $(BUNDLE)
+	$(BIN)/python -m dpldm_core.release.verify $(ARGS) $(BUNDLE)
 ui: $(VENV)/.release  ## the MLflow server on the run's store, at http://127.0.0.1:5000
 	$(BIN)/mlflow server --backend-store-uri $${MLFLOW_TRACKING_URI:-sqlite:///$(CURDIR)/mlflow.db} --host 127.0.0.1 --port $${PORT:-5000} --workers 1
 test: $(VENV)/.dev | $(TMPDIR)  ## the default tests, under 10 minutes on 2 cores
@@ -55,5 +55,5 @@ package: $(VENV)/.release | $(TMPDIR)  ## dpldm.tgz for flytectl
 	$(BIN)/pyflyte --pkgs workflows package --image $(CPU_IMAGE) --image cpu=$(CPU_IMAGE) --image gpu=$(GPU_IMAGE) -f -o dpldm.tgz
 register: $(VENV)/.release | $(TMPDIR)  ## register with the cluster of flyte.config (ARGS=--dry-run to try)
 	$(BIN)/pyflyte --config flyte.config register --copy none --version $(TAG) --image $(CPU_IMAGE) --image cpu=$(CPU_IMAGE) --image gpu=$(GPU_IMAGE) $(ARGS) workflows
-clean:
+clean:  ## remove private intermediate files and caches, when nothing runs
 	rm -rf .flyte-work .pytest_cache .mypy_cache .ruff_cache dpldm.tgz

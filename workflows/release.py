@@ -47,7 +47,7 @@ def release_pipeline(
         dataset: mnist5k, mnist, fashion_mnist, or a path or s3:// URI of your own images (npz, IDX, parquet, folder).
         epsilon: Privacy budget of this release, for all stages together. 1 is strong, 10 is common.
         delta: Probability that the promise may fail; well below 1 / (number of records).
-        preset: quick (minutes on 2 cores), cpu (half an hour), long (half an hour to an hour), gpu (one GPU).
+        preset: quick (minutes on 2 cores), cpu (half an hour), long (an hour or two), gpu (one GPU; never run).
         num_samples: Synthetic images; 0 takes the preset's number.
         latent_mechanism: dp_sgd, or noised_latents (each latent is noised; the trust boundary moves before stage 2).
         budget_epsilon: Cap of a new account; 0 sets none for built-in sets, and just this release for own data.

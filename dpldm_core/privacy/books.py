@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -261,4 +262,4 @@ def _fold_entry(books: Books, link: Link, body: dict[str, Any]) -> None:
 def raise_command(account: str, budget_epsilon: float | None = None) -> str:
     """The command that raises a cap, for messages."""
     cap = "E" if budget_epsilon is None else f"{budget_epsilon:g}"
-    return f"python -m dpldm_core.privacy.ledger open --account {account!r} --budget-epsilon {cap} --raise"
+    return f"{sys.executable} -m dpldm_core.privacy.ledger open --account {account!r} --budget-epsilon {cap} --raise"

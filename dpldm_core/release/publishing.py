@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import secrets
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,7 +71,8 @@ class Publication:
     def summary(self) -> str:
         """What the steward sees at the end."""
         return (
-            f"{self.report.statement}\nbundle: {self.bundle}\nverify: python -m dpldm_core.release.verify {self.bundle}"
+            f"{self.report.statement}\nbundle: {self.bundle}\n"
+            f"verify: {sys.executable} -m dpldm_core.release.verify {self.bundle}"
         )
 
 
