@@ -129,7 +129,7 @@ def pixel_dpdm(records: Records, config: ReleaseConfig, *, noise_multiplier: flo
     shape = 4 * schema.channels, height // 2, width // 2
     model = build_denoiser(settings, latent_shape=shape, num_classes=schema.num_classes, seed=config.seed)
     model.prior.variances.fill_(settings.sigma_data**2)  # mean 0: its denoiser is c_skip x
-    (plan,) = _calibrated(config, (_pixel_plan(config, settings), 1.0))
+    (plan,) = _calibrated(config, (_pixel_plan(settings), 1.0))
     if noise_multiplier is not None:
         plan = plan.model_copy(update={"noise_multiplier": noise_multiplier})
     units = _units(records, nn.functional.pixel_unshuffle(images, 2).flatten(1))
@@ -200,7 +200,7 @@ def _pixel_settings(config: ReleaseConfig) -> DiffusionConfig:
     return config.diffusion.model_copy(update=changes | {"noise_multiplicity": 2, "dp_sgd": dp_sgd})
 
 
-def _pixel_plan(config: ReleaseConfig, settings: DiffusionConfig) -> DpSgdPlan:
+def _pixel_plan(settings: DiffusionConfig) -> DpSgdPlan:
     """An eighth of the release's batch and four times its steps."""
     return DpSgdPlan(
         stage=DIFFUSION,

@@ -18,10 +18,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from _machine import describe_machine
-from fidelity import kept_files
-from quality import RESULTS as QUALITY
+from fidelity import kept_release
 
-from dpldm_core.data.sources import load_dataset
 from dpldm_core.evaluation.internal import evaluate_release
 from dpldm_core.release.measuring import FIRST_SEED
 from dpldm_core.release.synthetic import read_synthetic
@@ -41,13 +39,9 @@ def main() -> None:
     arguments = parser.parse_args()
     settle_on_cpu()
     for name in arguments.names:
-        release = json.loads((QUALITY / f"{name}.json").read_text())
-        file, config = kept_files(release, Path(arguments.images) / name)["release"], release["config"]
-        where = {"data_root": arguments.data_root, "cache_dir": None, "num_classes": config["num_classes"]}
-        train, test = (loaded := load_dataset(config["dataset"], **where)).train, loaded.test
-        if test is None:
-            parser.error(f"{config['dataset']} has no test images to compare with")
-        images, labels = read_synthetic([file])
+        release, files, train, test = kept_release(name, images=arguments.images, data_root=arguments.data_root)
+        config = release["config"]
+        images, labels = read_synthetic(files["release"])
         if labels is None or not 2 <= arguments.num_images <= len(images):
             parser.error(f"--num-images {arguments.num_images}: from 2 to {len(images)}, with labels")
         found = evaluate_release(

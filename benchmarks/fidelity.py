@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from _machine import describe_machine
 from quality import RESULTS as QUALITY
 
+from dpldm_core.data.schema import Records
 from dpldm_core.data.sources import load_dataset
 from dpldm_core.evaluation.features import DrawnFeatures, FeatureExtractor, classifier_extractor, inception_extractor
 from dpldm_core.evaluation.frechet import frechet_distances
@@ -98,6 +99,29 @@ def kept_files(release: dict, folder: Path) -> dict[str, Path]:
     return files
 
 
+def kept_release(name: str, *, images: str, data_root: str | None) -> tuple[dict, dict[str, Path], Records, Records]:
+    """A release that was kept, and the real data beside it.
+
+    Args:
+        name: Of its result file, without .json.
+        images: What ``quality.py --keep`` was given.
+        data_root: Folder with MNIST and Fashion-MNIST.
+
+    Returns:
+        The result file, files of images by name, and real training and test records.
+
+    Raises:
+        SystemExit: Nothing was kept, or there are no test images.
+    """
+    release = json.loads((QUALITY / f"{name}.json").read_text())
+    config = release["config"]
+    files = kept_files(release, Path(images) / name)
+    loaded = load_dataset(config["dataset"], data_root=data_root, cache_dir=None, num_classes=config["num_classes"])
+    if loaded.test is None:
+        raise SystemExit(f"{config['dataset']} has no test images to compare with")
+    return release, files, loaded.train, loaded.test
+
+
 def main() -> None:
     """Measure kept releases and write a result file for each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -111,13 +135,8 @@ def main() -> None:
     settle_on_cpu()
     extractors: dict[str, FeatureExtractor] = {}
     for name in arguments.names:
-        release = json.loads((QUALITY / f"{name}.json").read_text())
-        files = kept_files(release, Path(arguments.images) / name)
+        release, files, train, test = kept_release(name, images=arguments.images, data_root=arguments.data_root)
         config = release["config"]
-        where = {"data_root": arguments.data_root, "cache_dir": None, "num_classes": config["num_classes"]}
-        train, test = (loaded := load_dataset(config["dataset"], **where)).train, loaded.test
-        if test is None:
-            parser.error(f"{config['dataset']} has no test images to compare with")
         if config["dataset"] in extractors:
             pass
         elif arguments.inception_weights:

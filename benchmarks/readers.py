@@ -24,10 +24,10 @@ from PIL import Image, ImageDraw, ImageFont
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from fidelity import kept_files
+from fidelity import kept_release
 from quality import RESULTS as QUALITY
 
-from dpldm_core.data.sources import load_dataset
+from dpldm_core.release.figures import enlarge
 from dpldm_core.release.synthetic import read_synthetic
 
 RESULTS = Path(__file__).parent / "results" / "readers"
@@ -50,8 +50,7 @@ def draw_sheet(images: np.ndarray) -> Image.Image:
     for i, image in enumerate(images):
         left, top = _GAP + i % _COLUMNS * width, _GAP + i // _COLUMNS * height
         draw.text((left + (width - _GAP) // 2, top + _NUMBER // 2), str(i + 1), fill=(0, 0, 0), font=font, anchor="mm")
-        rgb = np.broadcast_to(image, (*image.shape[:2], 3)).repeat(scale, axis=0).repeat(scale, axis=1)
-        sheet.paste(Image.fromarray(np.ascontiguousarray(rgb)), (left, top + _NUMBER))
+        sheet.paste(enlarge(image, scale), (left, top + _NUMBER))
     return sheet
 
 
@@ -88,14 +87,9 @@ def score(key: list[dict], answers: dict[int, tuple[str, str]], alike: set[str])
 
 def _make_sheets(name: str, arguments: argparse.Namespace) -> None:
     """Numbered pictures of a kept release and their keys."""
-    release = json.loads((QUALITY / f"{name}.json").read_text())
-    config, half = release["config"], arguments.per_class
-    where = {"data_root": arguments.data_root, "cache_dir": None, "num_classes": config["num_classes"]}
-    test = load_dataset(config["dataset"], **where).test
-    if test is None:
-        raise SystemExit(f"{config['dataset']} has no test images to mix in")
-    file = kept_files(release, Path(arguments.images) / name)["release"]
-    synthetic, names = read_synthetic(file, per_class=half * arguments.sheets)
+    _, files, _, test = kept_release(name, images=arguments.images, data_root=arguments.data_root)
+    half = arguments.per_class
+    synthetic, names = read_synthetic(files["release"], per_class=half * arguments.sheets)
     generator = np.random.default_rng()
     places = lambda labels, k: np.flatnonzero(labels == k)  # noqa: E731
     for sheet in range(arguments.sheets):

@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import ValidationError
 
-from dpldm_core.config import ReleaseConfig
+from dpldm_core.config import LatentMechanism, ReleaseConfig
 from dpldm_core.errors import ConfigError, unknown_name
 from dpldm_core.overrides import explain, merge
 
 # Assumed when own data comes without a declared num_records: it moves speed and quality, never the guarantee.
 REFERENCE_RECORDS = 4_000
-MECHANISMS = ("dp_sgd", "noised_latents")
+MECHANISMS: tuple[str, ...] = get_args(LatentMechanism)
 _INPUTS = {"dataset", "epsilon", "delta", "preset", "latent_mechanism", "num_samples"}  # checked alone
 _MOST = 0.5  # largest sample rate
 _FEW = 5_000  # records up to which preset quick takes half as long (docs/research.md)

@@ -56,7 +56,7 @@ def publish(
         made_by = {"codec_by": codec.run_id, "model_by": model.run_id, "teacher_by": teacher.run_id}
         run.params(**made_by, evaluated_by=evaluation.run_id)
     parent, plan = _tracking.Run(release.run_id), ReleasePlan.model_validate_json(release.plan)
-    parent.stage(plan, [mechanism.stage for mechanism in plan.mechanisms])
+    parent.stage(plan, plan.stages())
     parent.private_input(release.account)
     parent.publication(done)
     _tracking.close_run(release.run_id)

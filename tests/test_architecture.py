@@ -10,7 +10,6 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted(p for room in ("dpldm_core", "tasks", "workflows") for p in (ROOT / room).rglob("*.py"))
-SIBLINGS = ("data", "privacy", "models", "diffusion", "evaluation")
 GROUND = ("errors", "rng", "config", "overrides", "presets", "provenance", "storage", "threads")
 # Inside core, low to high; what a room may import besides itself and the ground floor.
 ALLOWED = {
@@ -115,6 +114,8 @@ def test_no_global_seed_no_pickle_no_global_precision():
     for path in FILES:
         text = path.read_text()
         assert not re.search(r"import pickle|torch\.load\((?!.*weights_only=True)", text), name(path)
+        if name(path) != "dpldm_core/privacy/clipping.py":  # sets it for a product, and back
+            assert not re.search(r"set_float32_matmul_precision|fp32_precision|allow_tf32", text), name(path)
         if "torch.manual_seed(" in text:
             assert "fork_rng" in text, f"{name(path)} seeds the global generator"
 

@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from dpldm_core.config import Frozen
 from dpldm_core.errors import DataError
 
 MIN_SIDE, MAX_SIDE = 8, 64  # pixels
@@ -20,10 +21,8 @@ MAX_CLASSES = 1000
 _METADATA = b"dpldm_schema"
 
 
-class ImageSchema(BaseModel):
+class ImageSchema(Frozen):
     """What is treated as public about the images: format and classes, never a count."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     height: int = Field(ge=MIN_SIDE, le=MAX_SIDE, description="pixels")
     width: int = Field(ge=MIN_SIDE, le=MAX_SIDE, description="pixels")

@@ -80,7 +80,7 @@ class Denoiser(nn.Module):
         width: Channels of the network.
         depth: Residual blocks.
         sigma_data: Standard deviation of a latent coordinate (a public constant, never measured).
-        latent_noise: Standard deviation of noise that the training latents carry themselves (mode noised_latents).
+        noise_std: Standard deviation of noise that the training latents carry themselves (mode noised_latents).
     """
 
     def __init__(
@@ -91,11 +91,11 @@ class Denoiser(nn.Module):
         width: int,
         depth: int,
         sigma_data: float,
-        latent_noise: float = 0.0,
+        noise_std: float = 0.0,
     ) -> None:
         super().__init__()
-        self.dim, self.num_classes, self.latent_noise = math.prod(latent_shape), num_classes, latent_noise
-        self.sigma_data = math.hypot(sigma_data, latent_noise)
+        self.dim, self.num_classes, self.noise_std = math.prod(latent_shape), num_classes, noise_std
+        self.sigma_data = math.hypot(sigma_data, noise_std)
         self.prior = GaussianPrior(num_classes, self.dim)
         self.network = ResidualNetwork(latent_shape, num_classes, width, depth)
 
@@ -110,7 +110,7 @@ class Denoiser(nn.Module):
         Returns:
             [n, dim].
         """
-        return self.refine(x, sigma, self.prior.denoise(x, sigma, class_labels, self.latent_noise**2), class_labels)
+        return self.refine(x, sigma, self.prior.denoise(x, sigma, class_labels, self.noise_std**2), class_labels)
 
     def refine(self, x: Tensor, sigma: Tensor, estimate: Tensor, class_labels: Tensor) -> Tensor:
         """The clean estimate of some Gaussian, made better by the network.

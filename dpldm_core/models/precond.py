@@ -10,7 +10,6 @@ from torch import Tensor
 class Scalings(NamedTuple):
     """The factors around the raw network, each [n]."""
 
-    c_skip: Tensor
     c_out: Tensor
     c_in: Tensor
     c_noise: Tensor
@@ -25,7 +24,6 @@ def edm_scalings(sigma: Tensor, sigma_data: float) -> Scalings:
     """
     total = sigma.square() + sigma_data**2
     return Scalings(
-        c_skip=sigma_data**2 / total,
         c_out=sigma * sigma_data * total.rsqrt(),
         c_in=total.rsqrt(),
         c_noise=sigma.log() / 4,

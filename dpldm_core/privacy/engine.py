@@ -103,17 +103,9 @@ class DpSgdEngine:
             batch = fetch(chosen.clamp(min=0))
             mask = (chosen >= 0).to(next(iter(batch.values())).device)
             sums = self._clip.clipped_sum(lambda batch=batch: self._loss(self._model, batch), mask)  # type: ignore[misc]
-            self._add_to(total, sums)
+            total += torch.cat([part.flatten() for part in sums]).cpu().numpy()
         self._set_gradients(self._noise.add(_sum_over_processes(total), noise.result()))
         self._last_step = step
-
-    @staticmethod
-    def _add_to(total: np.ndarray, sums: list[Tensor]) -> None:
-        """Add one chunk's sums to the flat float64 total."""
-        offset = 0
-        for part in sums:
-            total[offset : offset + part.numel()] += part.flatten().cpu().numpy()
-            offset += part.numel()
 
     def _take_noise(self, step: int) -> Future[np.ndarray]:
         """The noise of this step; that of the next is drawn meanwhile on an idle thread."""
@@ -129,11 +121,9 @@ class DpSgdEngine:
     def _set_gradients(self, noisy_sum: np.ndarray) -> None:
         scale = 1.0 / (self.plan.noise_multiplier * self.plan.max_grad_norm)
         flat = torch.from_numpy(noisy_sum * scale)
-        offset = 0
-        for parameter in self._clip.parameters:
-            part = flat[offset : offset + parameter.numel()]
+        parameters = self._clip.parameters
+        for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
             parameter.grad = part.reshape(parameter.shape).to(parameter.device, parameter.dtype)
-            offset += parameter.numel()
 
 
 def process_rank() -> int:

@@ -245,7 +245,7 @@ class Ledger:
                 )
             if entry.plan is None or entry.plan.digest() != plan_digest:
                 raise LedgerError(f"stage {stage!r} runs another plan than the one that the ledger holds: refused")
-            if stage not in {m.stage for m in entry.plan.mechanisms}:
+            if stage not in entry.plan.stages():
                 raise LedgerError(f"stage {stage!r} is not in the plan of release {entry.release_id!r}: not paid for")
             if entry.config_digest not in ("", config_digest):  # empty: reserved before settings were noted
                 raise LedgerError(
@@ -327,7 +327,7 @@ def _check_delta(account: Account, delta: float) -> None:
 
 
 def _check_complete(entry: Entry) -> None:
-    planned = set() if entry.plan is None else {m.stage for m in entry.plan.mechanisms}
+    planned = set() if entry.plan is None else set(entry.plan.stages())
     if entry.state == "cancelled" or not planned or planned != set(entry.stages):
         raise LedgerError(
             f"release {entry.release_id!r} cannot be published: it is {entry.state}, and of its mechanisms "

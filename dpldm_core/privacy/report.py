@@ -120,7 +120,6 @@ def build_report(
     entry: str,
     latent_mechanism: str,
     public_facts: Mapping[str, Any],
-    parent_release_id: str | None = None,
 ) -> PrivacyReport:
     """The report of a release, with every number computed from the plan's events.
 
@@ -131,7 +130,6 @@ def build_report(
         entry: Ledger entry that was debited.
         latent_mechanism: ``dp_sgd`` or ``noised_latents``.
         public_facts: Name to ``{"value": ..., "origin": ...}`` of what is treated as public.
-        parent_release_id: The release whose models were sampled again, if that is all this one did.
 
     Raises:
         AccountingError: An event is unknown under a relation.
@@ -142,7 +140,7 @@ def build_report(
     return PrivacyReport.model_validate(
         {
             "release_id": release_id,
-            "parent_release_id": parent_release_id,
+            "parent_release_id": None,
             "epsilon": epsilon,
             "delta": plan.delta,
             "neighboring_relation": plan.relation,

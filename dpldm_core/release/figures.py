@@ -53,13 +53,13 @@ def samples_grid_png(
         top = _MARGIN + r * step_y
         draw.text((_MARGIN + gutter - 12, top + height * scale // 2), name, fill=_INK, font=font, anchor="rm")
         for c, image in enumerate(row):
-            canvas.paste(_enlarge(image, scale), (_MARGIN + gutter + c * step_x, top))
+            canvas.paste(enlarge(image, scale), (_MARGIN + gutter + c * step_x, top))
     buffer = io.BytesIO()
     canvas.save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
 
 
-def _enlarge(image: np.ndarray, scale: int) -> Image.Image:
+def enlarge(image: np.ndarray, scale: int) -> Image.Image:
     """Whole-factor enlargement without smoothing, as RGB."""
     rgb = np.broadcast_to(image, (*image.shape[:2], 3))
     return Image.fromarray(np.ascontiguousarray(rgb.repeat(scale, axis=0).repeat(scale, axis=1)))

@@ -5,21 +5,20 @@ from __future__ import annotations
 import math
 from typing import Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
+from dpldm_core.config import Frozen
 from dpldm_core.privacy.discrete import drawn_variance
 
 WORDS = "released through a mechanism that is part of epsilon"
 _MOST = 10**12  # records, or noise in them: whatever is larger is no count
 
 
-class ReleasedMetrics(BaseModel):
+class ReleasedMetrics(Frozen):
     """Accuracy on held-out private records of a classifier trained on the synthetic images. Public.
 
     The two counts are what the mechanism released; every other number follows from them and from the plan.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     stage: str = Field(description="the mechanism's name in privacy_report.json")
     num_right: int = Field(

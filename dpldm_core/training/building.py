@@ -33,14 +33,14 @@ def new_autoencoder(config: ReleaseConfig, schema: ImageSchema) -> Autoencoder:
     )
 
 
-def new_denoiser(config: ReleaseConfig, schema: ImageSchema, latent_noise: float) -> Denoiser:
+def new_denoiser(config: ReleaseConfig, schema: ImageSchema, noise_std: float) -> Denoiser:
     """The untrained denoiser of a release."""
     return build_denoiser(
         config.diffusion,
         latent_shape=new_autoencoder(config, schema).encoder.transform.latent_shape,
         num_classes=schema.num_classes,
         seed=config.seed,
-        latent_noise=latent_noise,
+        noise_std=noise_std,
     )
 
 

@@ -37,7 +37,7 @@ def build_denoiser(
     latent_shape: tuple[int, int, int],
     num_classes: int,
     seed: int = 0,
-    latent_noise: float = 0.0,
+    noise_std: float = 0.0,
 ) -> Denoiser:
     """An untrained denoiser; equal seeds give equal weights, and the global generator is left alone.
 
@@ -46,7 +46,7 @@ def build_denoiser(
         latent_shape: (channels, k, k) of the small image that a latent is.
         num_classes: Public number of classes.
         seed: Public.
-        latent_noise: Standard deviation of noise that the training latents carry (mode noised_latents).
+        noise_std: Standard deviation of noise that the training latents carry (mode noised_latents).
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -56,7 +56,7 @@ def build_denoiser(
             width=config.width,
             depth=config.depth,
             sigma_data=config.sigma_data,
-            latent_noise=latent_noise,
+            noise_std=noise_std,
         )
 
 

@@ -57,7 +57,7 @@ def train_private(
             do not need (docs/research.md).
         ema_decay: Of the average over steps.
         performance: What cannot change the guarantee.
-        binding: Digest of plan, data and code; a checkpoint with another one is refused.
+        binding: Digest of plan and data; a checkpoint with another one is refused.
         checkpoint: Folder to resume from and save to.
         on_checkpoint: Called after each save.
         on_step: Called with (steps done, num_steps): public.

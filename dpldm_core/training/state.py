@@ -25,7 +25,7 @@ class TrainState:
         model: The network being trained.
         ema: Its average.
         optimizer: Adam, or SGD with momentum.
-        binding: Digest of plan, data and code that the run belongs to.
+        binding: Digest of plan and data that the run belongs to.
     """
 
     step: int
@@ -42,18 +42,15 @@ class TrainState:
             tensors |= {f"optimizer.{i}.{k}": v for k, v in values.items()}
         _write(folder / "state.safetensors", tensors, {"step": self.step, "binding": self.binding})
 
-    def restore(self, folder: Path) -> bool:
-        """Load the state of a previous attempt into this one.
-
-        Returns:
-            False when there is none.
+    def restore(self, folder: Path) -> None:
+        """Load the state of a previous attempt into this one, if there is any.
 
         Raises:
-            CheckpointError: It is damaged, or belongs to another plan, data set or code.
+            CheckpointError: It is damaged, or belongs to another plan or data set.
         """
         path = folder / "state.safetensors"
         if not path.exists():
-            return False
+            return
         step, tensors = _read(path, self.binding)
 
         def part(prefix: str) -> dict[str, torch.Tensor]:
@@ -67,7 +64,6 @@ class TrainState:
             state.setdefault(int(index), {})[field] = value
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
         self.step = step
-        return True
 
 
 def save_names(labels: np.ndarray, folder: Path, binding: str) -> None:
@@ -79,7 +75,7 @@ def load_names(folder: Path, binding: str) -> np.ndarray | None:
     """What :func:`save_names` wrote, or None when there is nothing.
 
     Raises:
-        CheckpointError: It is damaged, or belongs to another plan, data set or code.
+        CheckpointError: It is damaged, or belongs to another plan or data set.
     """
     path = folder / "names.safetensors"
     return _read(path, binding)[1]["names"].numpy() if path.exists() else None
@@ -103,7 +99,7 @@ def _read(path: Path, expected: str) -> tuple[int, dict[str, torch.Tensor]]:
         raise CheckpointError(f"checkpoint {path} cannot be read: {error}") from error
     if binding != expected:
         raise CheckpointError(
-            f"checkpoint {path} belongs to another plan, data set or code version; resuming it here would charge "
+            f"checkpoint {path} belongs to another plan or data set; resuming it here would charge "
             "the wrong events. Remove it to start this stage anew"
         )
     return step, tensors

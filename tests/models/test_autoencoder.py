@@ -61,11 +61,11 @@ def test_untrained_codec_restores_images_of_low_frequencies(shape):
     assert restored.shape == images.shape and float((restored - images).abs().mean()) < 0.05
 
 
-@pytest.mark.parametrize("value", [0.0, 1.0, -1.0, 1e6, float("inf")])
+@pytest.mark.parametrize("value", [0.0, 1.0, -1.0, 1e6])
 def test_latents_are_bounded_whatever_the_data(value):
-    """The scale is a constant, never read from the data; only a record that is not finite can leave the bound."""
+    """The scale is a constant, never read from the data."""
     latents = make().encoder(torch.full((1, 1, 28, 28), value))
-    assert bool(latents.isnan().any()) or float(latents.abs().max()) <= LATENT_BOUND
+    assert float(latents.abs().max()) <= LATENT_BOUND  # NaN is not
 
 
 def test_a_latent_depends_on_its_own_image_alone():

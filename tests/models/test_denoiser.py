@@ -83,7 +83,6 @@ def test_edm_preconditioning(sigma):
     assert float(s.c_out**2 * edm_weight(torch.tensor([sigma]), 0.5)) == pytest.approx(1.0, rel=1e-5)
     assert float(s.c_in) ** 2 * (sigma**2 + 0.25) == pytest.approx(1.0, rel=1e-5)
     assert float(s.c_noise) == pytest.approx(math.log(sigma) / 4, rel=1e-5)
-    assert float(s.c_skip) == pytest.approx(0.25 / (sigma**2 + 0.25), rel=1e-5)
 
 
 def test_an_untrained_denoiser_is_the_priors(prior):

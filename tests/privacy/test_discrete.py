@@ -182,11 +182,13 @@ EXCHANGED = [(1, -1), (2, -3)]  # replacing it: its L2 is below 2 M, which the a
 CHARGED = [0.04, 0.5, 3.0, 25.0, 400.0]
 
 
-@pytest.mark.parametrize("charged", CHARGED)
-@pytest.mark.parametrize("shifts", ONE_UNIT + EXCHANGED)
+# Of three bins small noise alone: the enumeration grows with its cube.
+CASES = [(shifts, charged) for shifts in ONE_UNIT + EXCHANGED for charged in CHARGED if len(shifts) < 3 or charged < 20]
+
+
+@pytest.mark.parametrize(("shifts", "charged"), CASES)
 def test_the_charged_gaussian_dominates_the_discrete_one_at_every_epsilon(shifts, charged):
-    if len(shifts) < 3 or charged < 20:  # the enumeration grows with the cube of the noise
-        assert excess(shifts, charged + SMOOTHING_VARIANCE, charged) <= 1e-13
+    assert excess(shifts, charged + SMOOTHING_VARIANCE, charged) <= 1e-13
 
 
 @pytest.mark.parametrize("variance", [2.04, 5.0, 27.0, 402.0])

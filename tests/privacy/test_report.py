@@ -95,10 +95,9 @@ def test_replace_one_statement_has_one_epsilon():
         relation="REPLACE_ONE",
         unit="all records of one group",
     )
-    report = report_of(plan, latent_mechanism="noised_latents", parent_release_id="r0")
+    report = report_of(plan, latent_mechanism="noised_latents")
     assert report.epsilon == report.epsilon_replace_one == recompute(report.model_dump(mode="json"))[0]
     assert "REPLACE_ONE (replacing all records of one group by any other)" in report.statement
-    assert report.parent_release_id == "r0"
 
 
 def test_noised_latents_cannot_be_stated_under_add_or_remove():

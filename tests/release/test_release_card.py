@@ -23,8 +23,7 @@ def card(plan, *, mechanism="dp_sgd", classes=("cat", "dog | wolf"), title="Pets
         entry="e1",
         latent_mechanism=mechanism,
         public_facts={"classes": {"value": list(classes), "origin": "declared by the owner"}},
-        parent_release_id=parent,
-    )
+    ).model_copy(update={"parent_release_id": parent})
     return render_card(report, CONFIG, dataset_title=title, num_samples=2500, class_names=classes, audit=audit)
 
 
