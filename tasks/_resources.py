@@ -129,12 +129,10 @@ class StageKeys:
 
     def __call__(self, stage: str) -> SecretKey:
         """The secret key of a stage of the plan, bound to plan, data, settings and code."""
-        from dpldm_core.privacy.plan import ReleasePlan
-
         self.booked.append(stage)
         digests = {
             "data_digest": sha256_of(self._data),
-            "plan_digest": ReleasePlan.model_validate_json(self._release.plan).digest(),
+            "plan_digest": self._release.release_plan().digest(),
             "config_digest": self._release.release_config().digest(),
             "code_digest": code_digest(),
         }

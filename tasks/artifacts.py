@@ -19,6 +19,7 @@ from tasks._resources import sha256_of
 
 if TYPE_CHECKING:
     from dpldm_core.config import ReleaseConfig
+    from dpldm_core.privacy.plan import ReleasePlan
 
 PRIVATE, PUBLIC = "private", "public"
 
@@ -43,10 +44,15 @@ class Release(_Artifact):
     def events_of(self, stages: list[str]) -> str:
         """The events of stages of the plan, as artifacts carry them."""
         from dpldm_core.privacy.accounting import event_to_json
+
+        plan = self.release_plan()
+        return json.dumps([{"stage": s, "event": event_to_json(plan.mechanism(s).event())} for s in stages])
+
+    def release_plan(self) -> ReleasePlan:
+        """Every private mechanism."""
         from dpldm_core.privacy.plan import ReleasePlan
 
-        plan = ReleasePlan.model_validate_json(self.plan)
-        return json.dumps([{"stage": s, "event": event_to_json(plan.mechanism(s).event())} for s in stages])
+        return ReleasePlan.model_validate_json(self.plan)
 
     def release_config(self) -> ReleaseConfig:
         """The resolved configuration."""

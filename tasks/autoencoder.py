@@ -12,11 +12,10 @@ from tasks.artifacts import PUBLIC, Codec, HashedCodec, PrivateData, Release
 def train_autoencoder(release: Release, data: PrivateData) -> HashedCodec:
     """Pretrain the autoencoder on procedural images, then train it on the private ones with DP-SGD (if planned)."""
     from dpldm_core.privacy.calibration import AUTOENCODER
-    from dpldm_core.privacy.plan import ReleasePlan
     from dpldm_core.training.stages import Run, binding_of, train_codec
     from tasks import _tracking
 
-    plan = ReleasePlan.model_validate_json(release.plan)
+    plan = release.release_plan()
     with _tracking.child_run(release.run_id, AUTOENCODER) as run:
         train = data.train.download()
         resume, save = checkpoint(AUTOENCODER)

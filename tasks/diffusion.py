@@ -12,11 +12,10 @@ from tasks.artifacts import PUBLIC, DiffusionModel, HashedDiffusionModel, Latent
 def train_diffusion(release: Release, latents: Latents) -> HashedDiffusionModel:
     """Release the Gaussian prior of the latents, then train the denoiser on top of it with DP-SGD (if planned)."""
     from dpldm_core.data.schema import ImageSchema
-    from dpldm_core.privacy.plan import ReleasePlan
     from dpldm_core.training import stages
     from tasks import _tracking
 
-    plan, schema = ReleasePlan.model_validate_json(release.plan), ImageSchema.model_validate_json(release.image_schema)
+    plan, schema = release.release_plan(), ImageSchema.model_validate_json(release.image_schema)
     with _tracking.child_run(release.run_id, "train_diffusion") as run:
         private = latents.latents.download()
         resume, save = checkpoint("train_diffusion")

@@ -11,11 +11,10 @@ from tasks.artifacts import PRIVATE, Evaluation, HashedEvaluation, PrivateData, 
 @dpldm_task(**GPU_TASK)
 def evaluate(release: Release, data: PrivateData, shards: list[Shard]) -> HashedEvaluation:
     """Measure utility, fidelity and memorisation. Of it all, only an accuracy that the plan pays for is released."""
-    from dpldm_core.privacy.plan import ReleasePlan
     from dpldm_core.release.measuring import evaluate_files, release_accuracy
     from tasks import _tracking
 
-    config, plan = release.release_config(), ReleasePlan.model_validate_json(release.plan)
+    config, plan = release.release_config(), release.release_plan()
     with _tracking.child_run(release.run_id, "evaluate") as run:
         parts, heldout = [shard.images.download() for shard in shards], data.heldout.download()
         key_of = StageKeys(release, heldout)

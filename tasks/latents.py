@@ -11,11 +11,10 @@ from tasks.artifacts import PRIVATE, PUBLIC, Codec, HashedLatents, Latents, Priv
 @dpldm_task(**CPU_TASK)
 def extract_latents(release: Release, data: PrivateData, codec: Codec) -> HashedLatents:
     """Encode the private records with the trained encoder."""
-    from dpldm_core.privacy.plan import ReleasePlan
     from dpldm_core.training import stages
     from tasks import _tracking
 
-    plan = ReleasePlan.model_validate_json(release.plan)
+    plan = release.release_plan()
     with _tracking.child_run(release.run_id, "extract_latents") as run:
         train, autoencoder = data.train.download(), codec.autoencoder.download()
         key_of = StageKeys(release, train)

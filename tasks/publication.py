@@ -27,7 +27,6 @@ def publish(
     evaluation: Evaluation,
 ) -> Published:
     """Write and verify the bundle, close the ledger entry, register the model. Only what was paid for goes in."""
-    from dpldm_core.privacy.plan import ReleasePlan
     from dpldm_core.release.publishing import publish_release
     from tasks import _tracking
 
@@ -55,7 +54,7 @@ def publish(
         ledger.publish(release.entry_id, bundle_digest=done.digest)
         made_by = {"codec_by": codec.run_id, "model_by": model.run_id, "teacher_by": teacher.run_id}
         run.params(**made_by, evaluated_by=evaluation.run_id)
-    parent, plan = _tracking.Run(release.run_id), ReleasePlan.model_validate_json(release.plan)
+    parent, plan = _tracking.Run(release.run_id), release.release_plan()
     parent.stage(plan, plan.stages())
     parent.private_input(release.account)
     parent.publication(done)

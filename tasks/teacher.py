@@ -15,12 +15,11 @@ def train_teacher(release: Release, data: PrivateData, codec: Codec, model: Diff
     """Learn features from synthetic images, then a head on private ones with DP-SGD, if the plan has it."""
     from dpldm_core.data.schema import ImageSchema
     from dpldm_core.privacy.calibration import TEACHER
-    from dpldm_core.privacy.plan import ReleasePlan
     from dpldm_core.training.stages import Run, binding_of, teach_from_prior
     from dpldm_core.training.stages import train_teacher as train
     from tasks import _tracking
 
-    plan, config = ReleasePlan.model_validate_json(release.plan), release.release_config()
+    plan, config = release.release_plan(), release.release_config()
     schema = ImageSchema.model_validate_json(release.image_schema)
     booked: list[str] = []
     with _tracking.child_run(release.run_id, TEACHER) as run:
