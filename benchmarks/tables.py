@@ -35,7 +35,7 @@ PRESETS = {  # name: what it is for, data sets and epsilons beside it
     "quick": ("the default: a first look, and sets of some thousand images", [("mnist5k", 10)]),
     "cpu": ("60,000 images in less than half an hour on two idle cores", [("mnist", 1), ("fashion_mnist", 1)]),
     "long": (
-        "clearer and better named images; from 300,000 records times epsilon on finer latents, and with two teachers",
+        "more images, better named; from 300,000 records times epsilon on finer latents, and with two teachers",
         [("mnist", 1), ("fashion_mnist", 1), ("mnist", 10), ("fashion_mnist", 10)],
     ),
     "gpu": ("a wider denoiser, for one GPU; never run on one", []),

@@ -171,7 +171,7 @@ def _cpu(num_records: int) -> dict[str, Any]:
 
 
 def _long(num_records: int) -> dict[str, Any]:
-    """More and clearer images than cpu, better named, in twice the time; :func:`_spend_plenty` adds to it."""
+    """More images than cpu, better named, in twice the time; :func:`_spend_plenty` adds to it."""
     values = _cpu(num_records)
     values["autoencoder"] |= {"frequencies": 16, "procedural_steps": 3_000}
     values["diffusion"]["procedural_steps"] = 3_000
