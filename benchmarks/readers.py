@@ -104,6 +104,8 @@ def _make_sheets(name: str, arguments: argparse.Namespace) -> None:
                 key += [{"class": label, "source": source}] * len(part)
         order = generator.permutation(len(images))
         out = Path(arguments.out) / f"{name}-{sheet}"
+        if out.with_suffix(".csv").exists():
+            raise SystemExit(f"--out: {out}.csv answers another sheet of that name; take another folder")
         out.parent.mkdir(parents=True, exist_ok=True)
         draw_sheet(np.stack([images[i] for i in order])).save(out.with_suffix(".png"))
         out.with_suffix(".json").write_text(json.dumps([key[i] for i in order]))

@@ -66,11 +66,11 @@ def _preset_of(result: dict) -> str:
     config = result["config"]
     now = preset_values(result["preset"], config["num_records"] or REFERENCE_RECORDS, config["epsilon"])
     names = ("autoencoder", "prior", "diffusion", "teacher", "sampling")
-    sections = [("", now[name] | BEFORE | config[name], now[name]) for name in names]
-    sections += [("private ", had["dp_sgd"], has["dp_sgd"]) for _, had, has in sections if "dp_sgd" in has]
+    sections = [(name, now[name] | BEFORE | config[name], now[name]) for name in names]
+    sections += [(f"{name}.dp_sgd", had["dp_sgd"], has["dp_sgd"]) for name, had, has in sections if "dp_sgd" in has]
     then = [
-        f"{kind}{field} {had[field]:{',' if isinstance(had[field], int) else '.3g'}}"
-        for kind, had, has in sections
+        f"{name}.{field} {had[field]:{',' if isinstance(had[field], int) else '.3g'}}"
+        for name, had, has in sections
         for field, value in has.items()
         if field not in ("num_samples", "dp_sgd") and had[field] != value
     ]

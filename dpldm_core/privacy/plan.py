@@ -60,7 +60,7 @@ class DpSgdPlan(Frozen):
             raise ConfigError(
                 f"max_batch_size={self.max_batch_size} of stage {self.stage!r} is too small for "
                 f"sample_rate={self.sample_rate}: Poisson batches would be cut too often. Raise it to {needed}, or "
-                "declare the true num_records"
+                "declare a larger num_records (a rounded public number will do)"
             )
         return self.max_batch_size
 

@@ -49,7 +49,7 @@ class Run:
 
     Args:
         folder: Where results are written.
-        binding: Of :func:`binding_of`; to the code of the first attempt the ledger holds.
+        binding: Digest of plan and data, from :func:`binding_of`; other code is refused by the ledger.
         checkpoint: Folder to resume from and save to.
         on_checkpoint: Called after each save.
         train: The DP-SGD loop; an audit gives one that adds canaries.
