@@ -150,7 +150,6 @@ def release_and_measure(arguments: argparse.Namespace, folder: Path, real_classi
         decision = decide(request_of(arguments, folder), data_root=arguments.data_root, cache_dir=str(folder))
     config, schema = decision.request.config, decision.schema
     with clock.stage("ingest"):
-        by = "position" if config.latent_mechanism == "noised_latents" else "content"
         train, heldout = ingest_dataset(
             config.dataset,
             folder,
@@ -158,7 +157,7 @@ def release_and_measure(arguments: argparse.Namespace, folder: Path, real_classi
             data_root=arguments.data_root,
             cache_dir=str(folder),
             num_classes=config.num_classes,
-            split_by=by,
+            relation=decision.plan.relation,
             schema=schema,
         )
     models, noise_std = train_models(train, decision, folder, clock)

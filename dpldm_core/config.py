@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 LatentMechanism = Literal["dp_sgd", "noised_latents"]
 
@@ -43,7 +43,7 @@ class AutoencoderConfig(Frozen):
     """Stage 1."""
 
     frequencies: int = Field(ge=2, le=64, description="cosine frequencies kept per axis and channel")
-    refiner_channels: int = Field(ge=1, description="width of the convolutions")
+    refiner_channels: int = Field(ge=1, le=256, description="width of the convolutions")
     procedural_steps: int = Field(ge=0, description="steps on procedural images before private data; free")
     procedural_batch_size: int = Field(ge=1, description="procedural images per step")
     latent_noise: float = Field(ge=0, description="largest noise of whitened latents that the decoder learns from")
@@ -64,8 +64,8 @@ class PriorConfig(Frozen):
 class DiffusionConfig(Frozen):
     """Stage 2."""
 
-    width: int = Field(ge=8, description="channels of the denoiser")
-    depth: int = Field(ge=1, description="residual blocks of the denoiser")
+    width: int = Field(ge=8, le=256, description="channels of the denoiser")
+    depth: int = Field(ge=1, le=24, description="residual blocks of the denoiser")
     procedural_steps: int = Field(ge=0, description="steps on procedural images before private data; free")
     procedural_batch_size: int = Field(ge=1, description="procedural images per step")
     sigma_data: float = Field(gt=0, description="standard deviation of a latent coordinate; a public constant")
@@ -115,6 +115,12 @@ class NoisedLatentsConfig(Frozen):
     num_steps: int = Field(ge=1, description="steps of stage 2, on released latents; free")
     batch_size: int = Field(ge=1, description="released latents per step")
 
+    @model_validator(mode="after")
+    def _leave_a_share_to_latents(self) -> Self:
+        if (taken := self.autoencoder_share + self.label_share) >= 1:
+            raise ValueError(f"autoencoder_share + label_share = {taken:g} must be below 1: the latents get the rest")
+        return self
+
 
 class SamplingConfig(Frozen):
     """The sampler. Post-processing: free."""
@@ -129,7 +135,13 @@ class SamplingConfig(Frozen):
     guided_below: float = Field(gt=0, description="noise level from which on images are guided")
     sharpness: float = Field(ge=0, description="how much further than the denoiser to step away from the prior")
     sharpened_below: float = Field(gt=0, description="noise level from which on images are sharpened")
-    num_shards: int = Field(ge=1, description="parallel sampling tasks")
+    num_shards: int = Field(ge=1, description="parallel sampling tasks, at most one an image")
+
+    @model_validator(mode="after")
+    def _order_the_levels(self) -> Self:
+        if self.sigma_min >= self.sigma_max:
+            raise ValueError(f"sigma_min={self.sigma_min:g} must be below sigma_max={self.sigma_max:g}")
+        return self
 
 
 class EvaluationConfig(Frozen):
@@ -156,6 +168,12 @@ class PerformanceConfig(Frozen):
         description="of the products of a DP-SGD step; bfloat16 clips 0.8 % tighter for its rounding"
     )
     checkpoint_every: int = Field(ge=1, description="steps of private training between two checkpoints")
+
+    @model_validator(mode="after")
+    def _opacus_multiplies_exactly(self) -> Self:
+        if self.clip_backend == "opacus" and self.matmul_precision != "float32":
+            raise ValueError("clip_backend=opacus knows matmul_precision=float32 alone; set that, or book_keeping")
+        return self
 
 
 class AuditNote(Frozen):
@@ -194,6 +212,11 @@ class ReleaseConfig(Frozen):
     sampling: SamplingConfig
     evaluation: EvaluationConfig
     performance: PerformanceConfig
+
+    @property
+    def num_shards(self) -> int:
+        """Sampling tasks of the release: none without an image."""
+        return min(self.sampling.num_shards, self.num_samples)
 
     def named_by_prior(self, num_classes: int) -> bool:
         """Whether samples of the prior make the teacher of a release: where no private record teaches one."""

@@ -49,6 +49,8 @@ def explain(error: ValidationError) -> str:
         path = ".".join(str(part) for part in problem["loc"])
         if problem["type"] == "extra_forbidden":
             lines.append(str(unknown_name("config key", path, _field_paths())))
+        elif problem["type"] == "value_error":  # of several fields together; the message has their values
+            lines.append(f"{path}: {problem['msg'].removeprefix('Value error, ')}")
         else:
             lines.append(f"{path}={problem['input']!r}: {problem['msg']}")
     return "; ".join(lines)

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, get_args
 
-from pydantic import ValidationError
+from pydantic import PositiveInt, TypeAdapter, ValidationError
 
 from dpldm_core.config import LatentMechanism, ReleaseConfig
 from dpldm_core.errors import ConfigError, unknown_name
@@ -123,7 +123,7 @@ def _quick(num_records: int) -> dict[str, Any]:
 
 
 def _leave_out_teacher(values: dict[str, Any]) -> None:
-    """Classes stay as drawn; the teacher's share, and a third of the denoiser's, go to the prior."""
+    """No private record teaches a teacher; its share, and a third of the denoiser's, go to the prior, which names."""
     values["prior"]["budget_share"] = 0.75
     values["diffusion"]["dp_sgd"]["budget_share"] = 0.2
     values["teacher"]["dp_sgd"]["budget_share"] = 0.0
@@ -289,11 +289,10 @@ def resolve_config(
         raise unknown_name("preset", preset, PRESETS)
     if latent_mechanism not in MECHANISMS:
         raise unknown_name("latent_mechanism", latent_mechanism, MECHANISMS)
-    num_records = overrides.get("num_records") or public_num_records
-    assumed = REFERENCE_RECORDS
-    if isinstance(num_records, int) and num_records > 0:
+    num_records = _declared_records(overrides.get("num_records")) or public_num_records
+    if num_records:
         check_delta(delta, num_records)
-        assumed = num_records
+    assumed = num_records or REFERENCE_RECORDS
     values = preset_values(preset, assumed, epsilon)
     if latent_mechanism == "noised_latents":  # noise grows with the latent's norm: keep few coordinates
         values["autoencoder"]["frequencies"] = min(6, values["autoencoder"]["frequencies"])
@@ -312,6 +311,14 @@ def resolve_config(
         return ReleaseConfig.model_validate(merge(values, overrides))
     except ValidationError as error:
         raise ConfigError(explain(error)) from None
+
+
+def _declared_records(value: Any) -> int | None:
+    """The number that a file of overrides declares, however it is spelled there (60000, 6e4, "60000")."""
+    try:
+        return TypeAdapter(PositiveInt | None).validate_python(value)
+    except ValidationError as error:
+        raise ConfigError(f"num_records={value!r}: {error.errors()[0]['msg']}") from None
 
 
 def check_delta(delta: float, num_records: int) -> None:

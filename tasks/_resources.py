@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import rich_click as click
 from flytekit import Cache, Resources, current_context, task
+from flytekit.exceptions.user import FlyteDataNotFoundException
 from flytekit.extras.accelerators import A100
 
 from dpldm_core.errors import DpldmError
@@ -31,7 +32,7 @@ _PROCESS = secrets.token_hex(8)
 atexit.register(gc.freeze)  # else Python searches all of torch and MLflow for cycles, two seconds long, before it exits
 
 
-# retries: a killed private stage goes on from its checkpoint under the same ledger entry and key (docs/decisions/0004).
+# retries: a killed stage is paid for: it goes on from its checkpoint, with the same entry and key (docs/decisions/0004)
 _CACHED = {"cache": Cache(version=code_digest()[:16])}
 SMALL: dict[str, Any] = {
     "container_image": CPU_IMAGE,
@@ -42,6 +43,7 @@ CPU_TASK: dict[str, Any] = {
     "container_image": CPU_IMAGE,
     "requests": Resources(cpu="2", mem="8Gi"),
     "limits": Resources(cpu="4", mem="16Gi"),
+    "retries": 2,
     **_CACHED,
 }
 GPU_TASK: dict[str, Any] = {
@@ -140,10 +142,17 @@ class StageKeys:
 
 
 def checkpoint(name: str) -> tuple[Path, Callable[[], None]]:
-    """A folder with the checkpoint of the previous attempt, if any, and a function that hands a new one to Flyte."""
+    """A folder with the checkpoint of the previous attempt, if any, and a function that hands a new one to Flyte.
+
+    Flyte names the previous attempt's place even where that attempt was killed before it saved anything.
+    """
     folder = work_folder(f"{name}-checkpoint")
     store = current_context().checkpoint
     if store is None:
         return folder, lambda: None
-    store.restore(str(folder))
+    try:
+        if store.restore(str(folder)) is not None:
+            store.save(str(folder))  # the next attempt is told of this one's place alone
+    except FlyteDataNotFoundException:
+        pass  # from the first step, with the same key
     return folder, lambda: store.save(str(folder))

@@ -25,7 +25,7 @@ def ingest(release: Release) -> HashedPrivateData:
             data_root=data_root(),
             cache_dir=download_folder(),
             num_classes=config.num_classes,
-            split_by="position" if config.latent_mechanism == "noised_latents" else "content",
+            relation=release.release_plan().relation,
             schema=ImageSchema.model_validate_json(release.image_schema),
         )
         files = FlyteFile(str(train)), FlyteFile(str(heldout))

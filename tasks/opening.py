@@ -89,4 +89,4 @@ def open_release(
         out=request.out,
         visibility=PUBLIC,
     )
-    return Opened(release, list(range(request.config.sampling.num_shards)))
+    return Opened(release, list(range(request.config.num_shards)))

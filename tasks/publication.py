@@ -17,7 +17,7 @@ class Published(NamedTuple):
     delta: float
 
 
-@dpldm_task(**SMALL)
+@dpldm_task(**SMALL, retries=2)
 def publish(
     release: Release,
     codec: Codec,

@@ -47,6 +47,19 @@ def test_the_rate_follows_from_the_declared_number_of_records():
     assert resolve(public_num_records=200).diffusion.dp_sgd.sample_rate == 0.5
 
 
+@pytest.mark.parametrize("spelling", [10_000, 1e4, "10000"])
+def test_declared_records_count_however_they_are_spelled(spelling):
+    """YAML reads 1e4 as text and JSON as a fraction; both are taken, so both must set the rate and bound delta."""
+    config = resolve(public_num_records=None, overrides={"num_records": spelling})
+    assert config == resolve(public_num_records=None, overrides={"num_records": 10_000})
+    with pytest.raises(ConfigError, match=r"1 / \(number of records\)"):
+        resolve(public_num_records=None, delta=1e-3, overrides={"num_records": spelling})
+
+
+def test_no_shard_is_empty():
+    assert [resolve(num_samples=n).num_shards for n in (1, 2, 1000)] == [1, 2, 2]
+
+
 def test_quick_takes_half_as_long_with_few_records_and_cpu_does_not():
     def work(preset, num_records):
         config = resolve(preset=preset, public_num_records=num_records)
@@ -120,6 +133,18 @@ def test_overrides_change_single_fields_only():
         ({"autoencoder": {"dp_sgd": {"sample_rate": 1.5}}}, r"autoencoder\.dp_sgd\.sample_rate=1\.5"),
         ({"autoencoder": 3}, "autoencoder=3"),
         ({"prior": {"clip_norm": float("nan")}}, r"prior\.clip_norm=nan"),
+        ({"num_records": 0}, "num_records=0"),
+        ({"num_records": "many"}, "num_records='many'"),
+        ({"diffusion": {"width": 512}}, r"diffusion\.width=512"),
+        ({"sampling": {"sigma_min": 3.0}}, r"^sampling: sigma_min=3 must be below sigma_max=2\.5$"),
+        (
+            {"noised_latents": {"autoencoder_share": 0.8}},
+            r"^noised_latents: autoencoder_share \+ label_share = 1\.1 must be below 1",
+        ),
+        (
+            {"performance": {"clip_backend": "opacus", "matmul_precision": "bfloat16"}},
+            "^performance: clip_backend=opacus knows matmul_precision=float32 alone",
+        ),
     ],
 )
 def test_unknown_and_impossible_values_are_named(overrides, message):

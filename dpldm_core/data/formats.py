@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import gzip
 import io
 import json
@@ -20,7 +21,7 @@ from dpldm_core.data.schema import RawRecords
 from dpldm_core.errors import DataError
 
 IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
-_IDX_IMAGES = re.compile(r"(.*)images[-.]idx3-ubyte(\.gz)?")
+_IDX_IMAGES = re.compile(r"(.*)images([-.])idx3-ubyte(\.gz)?")
 _IGNORED = {"thumbs.db", "desktop.ini"}
 
 
@@ -63,10 +64,15 @@ def is_idx_images(path: Path) -> bool:
 
 
 def read_idx_pair(path: Path) -> RawRecords:
-    """``*images-idx3-ubyte[.gz]`` with ``*labels-idx1-ubyte[.gz]`` beside it, if that is there."""
-    stem = _IDX_IMAGES.fullmatch(path.name)
-    assert stem is not None
-    labels = [p for suffix in ("", ".gz") if (p := path.with_name(f"{stem[1]}labels-idx1-ubyte{suffix}")).exists()]
+    """``*images-idx3-ubyte[.gz]`` with ``*labels-idx1-ubyte[.gz]`` beside it, if that is there (or ``.idx``)."""
+    found = _IDX_IMAGES.fullmatch(path.name)
+    assert found is not None
+    stem, dot = found[1], found[2]
+    labels = [p for suffix in ("", ".gz") if (p := path.with_name(f"{stem}labels{dot}idx1-ubyte{suffix}")).exists()]
+    if not labels and (others := sorted(path.parent.glob(f"{glob.escape(stem)}labels*"))):
+        raise DataError(
+            f"{path.name}: is {others[0].name} its labels? Name it {stem}labels{dot}idx1-ubyte, or move it away"
+        )
     return RawRecords(read_idx(path), read_idx(labels[0]) if labels else None, None, None, path.name)
 
 
@@ -142,7 +148,7 @@ def _parquet_image(value: Any, where: str) -> np.ndarray:
 
 
 def _square(flat: np.ndarray, where: str) -> np.ndarray:
-    """Flat pixels [n, s s] or [n, s s 3] as images."""
+    """Flat pixels [n, s s] or [n, s s 3] as images; the three colours of a pixel stand side by side."""
     for channels in (1, 3):
         side = round((flat.shape[1] / channels) ** 0.5)
         if side * side * channels == flat.shape[1]:

@@ -9,6 +9,8 @@ from dpldm_core.data.sources import load_dataset
 from dpldm_core.data.split import SplitBy, split_records
 from dpldm_core.errors import DataError
 
+_SPLIT_BY: dict[str, SplitBy] = {"ADD_OR_REMOVE_ONE": "content", "REPLACE_ONE": "position"}
+
 
 def ingest_dataset(
     dataset: str,
@@ -18,7 +20,7 @@ def ingest_dataset(
     data_root: str | None,
     cache_dir: str | None,
     num_classes: int | None,
-    split_by: SplitBy,
+    relation: str,
     schema: ImageSchema | None = None,
 ) -> tuple[Path, Path]:
     """Load, validate, split and write.
@@ -30,7 +32,7 @@ def ingest_dataset(
         data_root: Folder with MNIST and Fashion-MNIST.
         cache_dir: Where torchvision downloads to.
         num_classes: Declared public number of classes.
-        split_by: See :func:`split_records`.
+        relation: dp-accounting's name of the neighbouring relation of the plan: neighbours must stay neighbours.
         schema: What the plan was made for; None: nothing was planned yet.
 
     Returns:
@@ -47,7 +49,7 @@ def ingest_dataset(
         )
     train, heldout = loaded.train, loaded.test
     if heldout is None:
-        train, heldout = split_records(loaded.train, key=split_key, by=split_by)
+        train, heldout = split_records(loaded.train, key=split_key, by=_SPLIT_BY[relation])
     paths = folder / "train.parquet", folder / "heldout.parquet"
     for path, records in zip(paths, (train, heldout), strict=True):
         write_records(path, records)

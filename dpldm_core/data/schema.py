@@ -163,9 +163,11 @@ def _check_images(raw: RawRecords) -> np.ndarray:
                 f"{where}: float pixels range from {low:g} to {high:g}; [0, 1] is needed, or integers from 0 to 255"
             )
         images = np.rint(images * 255.0)
-    elif images.dtype.kind not in "iub":
+    elif images.dtype.kind == "b":
+        images = images.astype(np.uint8) * 255
+    elif images.dtype.kind not in "iu":
         raise DataError(
-            f"{where}: images are of type {images.dtype}; uint8 from 0 to 255 or float from 0 to 1 is needed"
+            f"{where}: images are of type {images.dtype}; uint8 from 0 to 255, float from 0 to 1 or bool is needed"
         )
     elif images.dtype != np.uint8 and (int(images.min()) < 0 or int(images.max()) > 255):
         raise DataError(f"{where}: pixels range from {images.min()} to {images.max()}; 0 to 255 is needed")
@@ -181,6 +183,8 @@ def _check_labels(
             raise DataError(f"{where}: num_classes={num_classes} is declared, but there are no labels")
         return np.zeros(count, np.int64), ("all",)
     labels = np.asarray(raw.labels)
+    if known and raw.class_names not in (None, known) and labels.dtype.kind in "iuf":  # they number other names
+        labels = np.array(raw.class_names)[_check_labels(raw, count, len(raw.class_names or ()), None)[0]]
     if labels.shape != (count,):
         raise DataError(f"{where}: labels have shape {labels.shape} for {count} images; one label per image is needed")
     names = known or raw.class_names
@@ -190,7 +194,7 @@ def _check_labels(
     elif labels.dtype.kind in "USO":
         texts = labels.astype(str)
         names = names or tuple(sorted(set(texts)))
-        if unknown := sorted(set(texts) - set(names))[:3]:
+        if unknown := sorted(set(texts.tolist()) - set(names))[:3]:
             raise DataError(f"{where}: labels {unknown} are not among the classes {list(names)[:12]}")
         numbers = np.array([names.index(text) for text in texts], dtype=np.int64)
     else:

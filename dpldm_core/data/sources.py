@@ -60,8 +60,8 @@ def load_dataset(dataset: str, *, data_root: str | None, cache_dir: str | None, 
     """Load and validate a data set.
 
     Args:
-        dataset: Name in ``BUILTIN_DATASETS``, or path or URI of an .npz, an IDX images file, parquet, a folder of one
-            of these, of images, or of one folder per class; a given test set lies in ``test`` beside ``train``.
+        dataset: Name in ``BUILTIN_DATASETS``, or path or URI of an .npz, of IDX images or parquet, or of a folder of
+            the latter, of images, or of one folder per class; a given test set lies in ``test`` beside ``train``.
         data_root: Folder with MNIST/raw and FashionMNIST/raw, or mnist and fashion-mnist.
         cache_dir: Where torchvision downloads to when ``data_root`` is not given.
         num_classes: Declared public number of classes.
@@ -193,7 +193,8 @@ def _read_path(path: Path) -> tuple[RawRecords, RawRecords | None]:
     if formats.is_idx_images(path):
         return formats.read_idx_pair(path), None
     raise DataError(
-        f"{path.name} is of no known format: .npz, .parquet, *images-idx3-ubyte[.gz], or a folder of these or of images"
+        f"{path.name} is of no known format: .npz, .parquet, *images-idx3-ubyte[.gz], or a folder of "
+        "the last two or of images"
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -159,6 +160,35 @@ class Books:
             more = Claim((placeholder(middle, delta, relation),), 0.0, after, after, None)
             low, high = (middle, high) if self._fits(opened, [*claims, more], relation) else (low, middle)
         return math.floor(low * 1000) / 1000
+
+    def check_place(self, name: str) -> None:
+        """Refuse a new account for a place within that of another one, or around it: the same people twice.
+
+        Raises:
+            LedgerError: Names that account and the way out.
+        """
+        for other in self.accounts:
+            inner, outer = sorted((name, other), key=len, reverse=True)
+            if "/" in outer and inner.startswith(outer.rstrip("/") + "/"):
+                raise LedgerError(
+                    f"account {name!r} would be new, but that place and the one of account {other!r} lie in one "
+                    f"another. In the file that --config names, set account: {other} if anybody is in both, else a "
+                    "name that is no path"
+                )
+
+    def check_name(self, release_id: str) -> None:
+        """Refuse the name of a release that is under way: both would pay, and one could not be written.
+
+        Raises:
+            LedgerError: Names its account and the way out.
+        """
+        for entry in self.entries.values():
+            if entry.release_id == release_id and entry.state in ("reserved", "committed"):
+                raise LedgerError(
+                    f"release_id={release_id!r} is under way on account {entry.account!r}. Take another name, or close "
+                    f"that one if it died: {sys.executable} -m dpldm_core.privacy.ledger close --account "
+                    f"{shlex.quote(entry.account)} --release {shlex.quote(release_id)}"
+                )
 
     def check(self, account: str, asked: str) -> None:
         """Refuse when the account is past its cap.

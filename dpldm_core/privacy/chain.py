@@ -105,13 +105,18 @@ class Chain:
         try:
             parsed = sa.make_url(url)
         except exc.ArgumentError:
-            raise LedgerError(f"DPLDM_LEDGER_URL={url!r} is no URL; use sqlite:///path or postgresql://...") from None
+            raise LedgerError(f"DPLDM_LEDGER_URL={url!r} is no URL; use sqlite:////path or postgresql://...") from None
         self._where = parsed.render_as_string(hide_password=True)
         self._sqlite = parsed.get_backend_name() == "sqlite"
         if not self._sqlite and parsed.get_backend_name() != "postgresql":
             raise LedgerError(f"ledger {self._where}: only sqlite and postgresql are supported")
         if self._sqlite and parsed.database in (None, "", ":memory:"):
-            raise LedgerError(f"ledger {self._where} would be lost with the process; name a file: sqlite:///path")
+            raise LedgerError(f"ledger {self._where} would be lost with the process; name a file: sqlite:////path")
+        if self._sqlite and not Path(str(parsed.database)).is_absolute():
+            raise LedgerError(
+                f"ledger {self._where} would be another, empty one in another folder; name the whole path: "
+                f"sqlite:///{Path(str(parsed.database)).resolve()}"
+            )
         options: dict[str, Any] = {"timeout": LOCK_TIMEOUT} if self._sqlite else {"connect_timeout": 10}
         with self._clear_errors():
             if self._sqlite:

@@ -65,6 +65,7 @@ class Ledger:
         Raises:
             BudgetError: The account is open with a lower cap, which only :meth:`raise_cap` raises; or it is of public
                 data, and this is not.
+            LedgerError: It is new, and its place lies within that of another account, or holds it.
         """
         accounting.relation_from_name(relation)
         if not budget_epsilon > 0 or (math.isinf(budget_epsilon) and not public):
@@ -73,6 +74,7 @@ class Ledger:
         def decide(links: list[Link]) -> Change | None:
             known = fold(links).accounts.get(name)
             if known is None:
+                fold(links).check_place(name)
                 cap = None if math.isinf(budget_epsilon) else float(budget_epsilon)
                 body = {"name": name, "budget_epsilon": cap, "delta": delta, "relation": relation, "public": public}
                 return Change("open", body)
@@ -149,6 +151,7 @@ class Ledger:
 
         Raises:
             BudgetError: The cap does not cover it; says what is left.
+            LedgerError: A release of that name is under way.
         """
         body = {
             "entry_id": secrets.token_hex(8),
@@ -171,6 +174,7 @@ class Ledger:
             books = fold(links)
             if any(same(entry) for entry in books.entries.values()):
                 return None
+            books.check_name(release_id)
             _check_delta(books.account(account), delta)
             for _, sealed in books.account(account).schedule[:1]:  # which this release would take
                 if (sealed.relation, sealed.delta) != (relation, delta):

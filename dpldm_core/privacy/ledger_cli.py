@@ -139,9 +139,9 @@ def _forecast(ledger: Ledger, arguments: argparse.Namespace) -> list[str]:
 
 
 def _largest(fits: Callable[[float], bool], high: float) -> float:
-    """The largest epsilon below ``high`` that fits, to 0.1 %; 0 when none does."""
+    """The largest epsilon below ``high`` that fits, to 0.1 % or 0.0001; 0 when none does."""
     low, high = 0.0, min(high, 100.0)
-    while high - low > 1e-3 * high:
+    while high - low > max(1e-3 * high, 1e-4):
         middle = (low + high) / 2
         low, high = (middle, high) if fits(middle) else (low, middle)
     return low

@@ -104,7 +104,7 @@ def audit_release(
         data_root=data_root,
         cache_dir=cache_dir,
         num_classes=config.num_classes,
-        split_by="content",
+        relation=plan.relation,
     )
     audit = CanaryAudit(num_canaries, SecretKey.generate())
     audit_stages(train, config, decision.schema, plan, audit, SecretKey.generate(), work)

@@ -8,6 +8,7 @@ import secrets
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from dpldm_core.config import AuditNote, ReleaseConfig
 from dpldm_core.data.schema import ImageSchema
@@ -15,7 +16,8 @@ from dpldm_core.data.sources import BUILTIN_DATASETS, load_dataset
 from dpldm_core.errors import ConfigError
 from dpldm_core.overrides import load_overrides
 from dpldm_core.presets import check_delta, resolve_config
-from dpldm_core.privacy.calibration import MEANS, plan_release, relation_of
+from dpldm_core.privacy.calibration import COVARIANCES, MEANS, plan_release, relation_of
+from dpldm_core.privacy.noise import MAX_COORDINATES
 from dpldm_core.privacy.plan import DpSgdPlan, LabelPlan, ReleasePlan, check_expected_batch
 from dpldm_core.release.bundle import check_target
 from dpldm_core.storage import is_remote, local_path, scheme_of
@@ -191,6 +193,7 @@ def decide(request: Request, *, data_root: str | None, cache_dir: str | None) ->
     frequencies = config.autoencoder.frequencies
     latent_dim = schema.channels * min(frequencies, schema.height) * min(frequencies, schema.width)
     plan = plan_release(config, num_classes=schema.num_classes, latent_dim=latent_dim, grouped=schema.grouped)
+    check_measurable(config, plan, num_classes=schema.num_classes, dim=latent_dim)
     for mechanism in plan.mechanisms:
         if isinstance(mechanism, DpSgdPlan):
             check_expected_batch(mechanism, loaded.train.num_units, MIN_EXPECTED_BATCH)
@@ -198,6 +201,28 @@ def decide(request: Request, *, data_root: str | None, cache_dir: str | None) ->
     if config.preset != "smoke":  # two steps of everything, for tests: nobody hopes for an image
         check_useful(config, plan, num_units=loaded.train.num_units, num_classes=schema.num_classes, dim=latent_dim)
     return Decision(request, schema, plan)
+
+
+def check_measurable(config: ReleaseConfig, plan: ReleasePlan, *, num_classes: int, dim: int) -> None:
+    """Refuse class covariances of more numbers than rounding is charged for.
+
+    Args:
+        config: The resolved configuration.
+        plan: The calibrated plan.
+        num_classes: Public number of classes.
+        dim: Dimension of a latent.
+
+    Raises:
+        ConfigError: There are, with the frequencies that would do.
+    """
+    numbers = num_classes * dim * (dim + 1) // 2
+    if COVARIANCES not in plan.stages() or numbers <= MAX_COORDINATES:
+        return
+    fewer = math.floor(config.autoencoder.frequencies * (MAX_COORDINATES / numbers) ** 0.25)
+    raise ConfigError(
+        f"autoencoder.frequencies={config.autoencoder.frequencies} with {num_classes} classes: their covariances would "
+        f"be {numbers} numbers, and noise is charged for at most {MAX_COORDINATES}. Set {fewer} or less (config)"
+    )
 
 
 def check_useful(config: ReleaseConfig, plan: ReleasePlan, *, num_units: int, num_classes: int, dim: int) -> None:
@@ -263,10 +288,12 @@ def account_name(dataset: str) -> str:
     """Ledger account of a data set: a built-in's name, else its full path or URI, the same however it is spelled.
 
     Raises:
-        ConfigError: One URI inside another, of which there are many spellings.
+        ConfigError: One URI inside another, or a web address with a query or a name: of these there are many spellings.
 
     >>> account_name("s3a://scans//2024/"), account_name("file:///scans/2024") == account_name("/scans/./2024")
     ('s3://scans/2024', True)
+    >>> account_name("https://Host:443/x.npz")
+    'http://host/x.npz'
     """
     if dataset in BUILTIN_DATASETS:
         return dataset
@@ -277,8 +304,17 @@ def account_name(dataset: str) -> str:
         )
     if not is_remote(dataset):
         return str(local_path(dataset).resolve())
+    scheme, parsed = scheme_of(dataset), urlsplit(dataset)
     rest = dataset.partition("://")[2]
-    return f"{scheme_of(dataset)}://{'/'.join(part for part in rest.split('/') if part)}"
+    if scheme == "http":
+        if parsed.query or parsed.fragment or parsed.username:
+            raise ConfigError(
+                f"dataset={dataset!r} is one of many addresses of its data: name the ledger's account of the data as "
+                "account in the file that --config names"
+            )
+        port = f":{parsed.port}" if parsed.port not in (None, 80, 443) else ""
+        rest = f"{parsed.hostname}{port}{parsed.path}"
+    return f"{scheme}://{'/'.join(part for part in rest.split('/') if part)}"
 
 
 def public_name(dataset: str) -> str:

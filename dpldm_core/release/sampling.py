@@ -45,7 +45,7 @@ def write_shard(
     from dpldm_core.training.sampling import sample_images, shard_indices
 
     schema = ImageSchema.model_validate_json(schema_json)
-    indices = shard_indices(config.num_samples, shard, num_shards or config.sampling.num_shards)
+    indices = shard_indices(config.num_samples, shard, num_shards or config.num_shards)
     judge = Path(teacher) if teacher else None
     images, labels = sample_images(
         Path(decoder), Path(denoiser), config, schema, indices, noise_std=noise_std, teacher=judge

@@ -82,7 +82,8 @@ def pretrain_denoiser(model: Denoiser, encoder: Encoder, config: DiffusionConfig
     size = min(_POOL, max(_GROUPS, config.procedural_steps * config.procedural_batch_size))
     pool = procedural_images(size, *encoder.transform.shape, generator=torch.Generator().manual_seed(seed))
     latents = torch.cat([encoder(images) for images in pool.split(_CHUNK)])
-    groups = torch.from_numpy(KMeans(_GROUPS, n_init=1, max_iter=20, random_state=seed).fit_predict(latents)).long()
+    clusters = KMeans(_GROUPS, n_init=1, max_iter=20, random_state=seed % 2**32)  # it takes no larger seed
+    groups = torch.from_numpy(clusters.fit_predict(latents)).long()
     prior = GaussianPrior(_GROUPS, model.dim)
     members = [latents[groups == group].double() for group in range(_GROUPS)]
     prior.set_moments(

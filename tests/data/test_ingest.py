@@ -17,7 +17,7 @@ def write(path, **changes):
 
 def ingest(dataset, folder, schema):
     options = {"data_root": None, "cache_dir": None, "num_classes": None}
-    return ingest_dataset(dataset, folder, split_key=b"k", split_by="content", schema=schema, **options)
+    return ingest_dataset(dataset, folder, split_key=b"k", relation="ADD_OR_REMOVE_ONE", schema=schema, **options)
 
 
 @pytest.mark.parametrize("changes", [{"group": None}, {"labels": np.arange(40) % 2}, {"labels": None}])

@@ -167,6 +167,35 @@ def test_given_test_sets(tmp_path, images, labels):
     assert len(load(hub).test.images) == 3
 
 
+def test_classes_of_a_test_set_go_by_their_names(tmp_path, images):
+    """Its folders (or a ClassLabel) may lack a class, or number them in another order."""
+    names = {"train": ("cat", "dog", "fox"), "test": ("dog", "fox")}
+    for part, classes in names.items():
+        for name in classes:
+            (tmp_path / part / name).mkdir(parents=True)
+            (tmp_path / part / name / "0.png").write_bytes(png(images[0]))
+    loaded = load(tmp_path)
+    assert loaded.train.labels.tolist() == [0, 1, 2] and loaded.test.labels.tolist() == [1, 2]
+    (tmp_path / "test" / "fox").rename(tmp_path / "test" / "hen")
+    with pytest.raises(DataError, match=r"labels \['hen'\] are not among the classes"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("dot", "-.")
+def test_labels_beside_idx_images_are_never_overlooked(tmp_path, images, labels, dot):
+    (tmp_path / f"train-images{dot}idx3-ubyte").write_bytes(idx(images))
+    (tmp_path / f"train-labels{dot}idx1-ubyte").write_bytes(idx(labels))
+    assert load(tmp_path).train.labels.tolist() == labels.tolist()
+    (tmp_path / f"train-labels{dot}idx1-ubyte").rename(tmp_path / "train-labels.idx")
+    with pytest.raises(DataError, match=r"is train-labels\.idx its labels\?"):
+        load(tmp_path)
+
+
+def test_bool_images_are_black_and_white(tmp_path, images, labels):
+    found = load(write_npz(tmp_path, images > 127, labels)).train.images
+    assert sorted(np.unique(found)) == [0, 255]
+
+
 def test_a_remote_source_is_read_through_fsspec(images, labels):
     import fsspec
 

@@ -3,6 +3,7 @@
 import math
 import multiprocessing
 import os
+import re
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -487,6 +488,30 @@ def test_own_data_is_not_billed_to_a_public_account(ledger):
     assert not ledger.open_account("c", **promise, public=True).public
 
 
+@pytest.mark.parametrize(
+    ("first", "second"), [("/scans", "/scans/a.npz"), ("/scans/a.npz", "/scans"), ("s3://b", "s3://b/x/y")]
+)
+def test_a_place_within_that_of_another_account_opens_none(ledger, first, second):
+    """A folder and the file in it are the same people: two accounts would count them twice, each by half."""
+    options = {"budget_epsilon": 1.0, "delta": DELTA, "relation": "ADD_OR_REMOVE_ONE"}
+    ledger.open_account(first, **options)
+    with pytest.raises(LedgerError, match=f"account '{second}' would be new.*set account: {first} if"):
+        ledger.open_account(second, **options)
+    assert second not in ledger.books().accounts
+    for beside in ("/scans2", "/other/a.npz", "s3://b2/x", "a name", first):
+        ledger.open_account(beside, **options)
+
+
+def test_a_name_that_is_under_way_is_not_reserved_again(ledger):
+    """Both would pay, and one could not write its bundle."""
+    entry = reserve(ledger, epsilon=0.5)
+    with pytest.raises(LedgerError, match=r"release_id='r1' is under way on account 'a'.*ledger close --account a"):
+        reserve(ledger, epsilon=0.5, execution_id="another")
+    assert reserve(ledger, epsilon=0.5).entry_id == entry.entry_id, "a retry is no other release"
+    ledger.close_failed(entry.entry_id, reason="died")
+    assert reserve(ledger, epsilon=0.5, execution_id="another").entry_id != entry.entry_id
+
+
 def test_another_plan_or_stage_gets_no_key(ledger):
     entry = reserve(ledger)
     with pytest.raises(LedgerError, match="another plan"):
@@ -769,6 +794,7 @@ def test_a_full_disk_loses_nothing(tmp_path):
         ("nonsense", "no URL"),
         ("mysql://h/d", "only sqlite and postgresql"),
         ("sqlite://", "lost with the process"),
+        ("sqlite:///ledger.db", "another, empty one in another folder; name the whole path: sqlite:////"),
         ("sqlite:////proc/nowhere/x.db", "fails"),
         ("postgresql://user:hunter2@127.0.0.1:1/x", "fails"),
     ],
@@ -824,6 +850,11 @@ def test_command_line(tmp_path, capsys):
     replaced.write_text(persons.model_dump_json())
     assert "protects one person" in run(*schedule, "--plan", str(replaced))[1]
     assert "3 more releases of epsilon" in run(*schedule)[1]
+    full = Ledger(url)
+    full.open_account("full", budget_epsilon=PLAN.epsilon(), delta=DELTA, relation="ADD_OR_REMOVE_ONE")
+    run_release(full, "full", release_id="all", epsilon=PLAN.epsilon())
+    nothing = run("plan", "--account", "full", "--releases", "1")[1]
+    assert float(re.search(r"1 more releases of epsilon ([0-9.e-]+) each", nothing)[1]) < 1e-3
     assert "exceeds the cap" in run(*schedule, "--epsilon", "7")[1]
     assert "sealed: 3 releases" in run(*schedule, "--plan", str(plan), "--seal")[1]
     assert "3 sealed releases to go" in run("show", "--account", "scans")[1]

@@ -57,6 +57,7 @@ class Cluster:
         cwd: The repository, as WORKDIR in the image.
         env: Further environment of every task.
         kill_first_attempt_of: Task whose first attempt is killed once it has written a checkpoint.
+        kill_at_once: Task whose first attempt is killed before it has written anything.
     """
 
     package: Package
@@ -65,6 +66,7 @@ class Cluster:
     cwd: Path
     env: dict[str, str]
     kill_first_attempt_of: str = ""
+    kill_at_once: str = ""
     attempts: list[tuple[str, int]] = field(default_factory=list)
 
     def run(self, workflow: str, inputs: dict) -> dict:
@@ -129,8 +131,8 @@ class Cluster:
             env = {**os.environ, **{e.key: e.value for e in container.env}, **self.env, **(extra or {})}
             env |= {"FLYTE_INTERNAL_EXECUTION_ID": self.execution_id, "FLYTE_ATTEMPT_NUMBER": str(attempt)}
             env |= {"FLYTE_INTERNAL_EXECUTION_PROJECT": "p", "FLYTE_INTERNAL_EXECUTION_DOMAIN": "d"}
-            kill = task.id.name == self.kill_first_attempt_of and attempt == 0
-            output, status = _start(argv, env, self.cwd, Path(checkpoint) if kill else None)
+            kill_at = {self.kill_first_attempt_of: Path(checkpoint), self.kill_at_once: meta}.get(task.id.name)
+            output, status = _start(argv, env, self.cwd, kill_at if attempt == 0 else None)
             if (outputs / "outputs.pb").exists():
                 return dict(literals_pb2.LiteralMap.FromString((outputs / "outputs.pb").read_bytes()).literals)
             if (outputs / "error.pb").exists():
@@ -142,7 +144,7 @@ class Cluster:
 
 
 def _start(argv, env, cwd, kill_at: Path | None) -> tuple[str, int]:
-    """Run a task; with ``kill_at``, kill it (-9) as soon as a checkpoint lies there."""
+    """Run a task; with ``kill_at``, kill it (-9) as soon as a file lies there."""
     with subprocess.Popen(
         argv, env=env, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as process:

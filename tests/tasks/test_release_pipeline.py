@@ -158,11 +158,13 @@ def test_other_kinds_of_data(machine, kind):
 
 
 def test_config_file_overrides_single_fields(machine, small_mnist):
-    (machine / "c.yaml").write_text("seed: 7\nrelease_id: named\nsampling: {num_shards: 3}\n")
-    result = release(small_mnist, config=str(machine / "c.yaml"))
+    """At the edges of what is allowed: the largest seed, fewer images than shards."""
+    (machine / "c.yaml").write_text(f"seed: {2**62 - 1}\nrelease_id: named\nsampling: {{num_shards: 3}}\n")
+    result = release(small_mnist, config=str(machine / "c.yaml"), num_samples=1)
+    assert verify_bundle(machine / "releases" / "named").num_samples == 1
     assert result.release_id == "named"
     config = json.loads((machine / "releases" / "named" / "config.json").read_text())
-    assert config["seed"] == 7 and config["sampling"]["num_shards"] == 3
+    assert config["seed"] == 2**62 - 1 and config["sampling"]["num_shards"] == 3
     with pytest.raises(BundleError, match="named already exists"):
         release(small_mnist, config=str(machine / "c.yaml"))
 

@@ -4,10 +4,12 @@ import hashlib
 import os
 import stat
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlflow
 import numpy as np
 import pytest
+from flytekit.core.checkpointer import SyncCheckpoint
 
 from dpldm_core.data.ingest import ingest_dataset
 from tasks import _resources, _tracking
@@ -72,6 +74,26 @@ def test_private_files_lie_in_folders_of_their_owner_alone():
     assert folders[0] != folders[1], "shards of a map task share Flyte's own folder"
     makefile = (Path(__file__).resolve().parents[2] / "Makefile").read_text()
     assert "export TMPDIR := $(CURDIR)/.flyte-work" in makefile and "mkdir -p -m 700" in makefile
+
+
+def test_an_attempt_that_is_killed_before_it_saves_hands_on_what_it_was_given(tmp_path, monkeypatch):
+    """Flyte tells an attempt of the one before it alone, and of places where nothing lies."""
+    place = tmp_path / "attempts"
+
+    def attempt(number):
+        store = SyncCheckpoint(str(place / str(number)), str(place / str(number - 1)) if number else None)
+        context = SimpleNamespace(checkpoint=store, working_directory=str(tmp_path))
+        monkeypatch.setattr(_resources, "current_context", lambda: context)
+        return _resources.checkpoint("x")
+
+    folder, save = attempt(0)
+    (folder / "state").write_text("at step 3")
+    save()
+    attempt(1)  # killed
+    folder, _ = attempt(2)
+    assert (folder / "state").read_text() == "at step 3"
+    folder, _ = attempt(5)  # attempt 4 never began
+    assert list(folder.iterdir()) == []
 
 
 def test_a_run_id_of_the_environment_does_not_capture_a_stage(machine, monkeypatch):

@@ -45,7 +45,7 @@ def trained(tmp_path_factory):
         data_root=None,
         cache_dir=None,
         num_classes=None,
-        split_by="content",
+        relation="ADD_OR_REMOVE_ONE",
     )
     config = resolve_config(
         dataset="x",
