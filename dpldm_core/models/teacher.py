@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dpldm_core.models.batches import in_equal_batches
 from dpldm_core.models.classifier import SmallCnn, device, to_pixels
 
 _BATCH_SIZE = 500
@@ -188,4 +189,4 @@ class PriorTeacher(LabelTeacher):
 
 
 def _in_batches(function: Callable[[np.ndarray], Tensor], images: np.ndarray) -> Tensor:
-    return torch.cat([function(images[i : i + _BATCH_SIZE]) for i in range(0, len(images), _BATCH_SIZE)])
+    return in_equal_batches(lambda some: function(some.numpy()), torch.from_numpy(images), _BATCH_SIZE)

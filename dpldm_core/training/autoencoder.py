@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from dpldm_core.config import AutoencoderConfig
 from dpldm_core.data.procedural import procedural_images
 from dpldm_core.models.autoencoder import Autoencoder, unwhitening
+from dpldm_core.models.batches import in_equal_batches
 from dpldm_core.privacy.engine import Batch
 from dpldm_core.privacy.plan import DpSgdPlan
 from dpldm_core.rng import SecretKey
@@ -146,4 +147,4 @@ def train_autoencoder(
 def encode(model: Autoencoder, images: Tensor, *, batch_size: int = 2048) -> Tensor:
     """Latents of private images (private: the record is read again), float32 [n, latent_dim]."""
     model.eval()
-    return torch.cat([model.encoder(chunk) for chunk in images.split(batch_size)])
+    return in_equal_batches(model.encoder, images, batch_size)

@@ -15,6 +15,7 @@ from torch import Tensor
 from dpldm_core.config import ReleaseConfig
 from dpldm_core.data.schema import ImageSchema, Records, group_table, read_records
 from dpldm_core.models.autoencoder import Autoencoder, whitening
+from dpldm_core.models.batches import in_equal_batches
 from dpldm_core.models.teacher import LabelTeacher
 from dpldm_core.privacy.calibration import (
     AUTOENCODER,
@@ -303,18 +304,14 @@ def teach_from_prior(decoder: Path, denoiser: Path, config: ReleaseConfig, schem
 
 @torch.no_grad()
 def reconstruct(autoencoder: Autoencoder, images: Tensor, *, batch_size: int = 1000) -> np.ndarray:
-    """Private images after encoding and decoding (private), uint8 [n, h, w, c].
-
-    All batches have one size: kernels are chosen by it, and another way to round could change pixels of a record with
-    the number of the others.
-    """
+    """Private images after encoding and decoding (private), uint8 [n, h, w, c]."""
     autoencoder.eval()
     device = next(autoencoder.parameters()).device
-    decoded = []
-    for chunk in images.split(batch_size):
-        padded = torch.cat([chunk, chunk.new_zeros(batch_size - len(chunk), *chunk.shape[1:])])
-        decoded.append(to_uint8(autoencoder(padded.to(device)))[: len(chunk)])
-    return np.concatenate(decoded)
+
+    def decode(some: Tensor) -> Tensor:
+        return torch.from_numpy(to_uint8(autoencoder(some.to(device))))
+
+    return in_equal_batches(decode, images, batch_size).numpy()
 
 
 def _units(records: Records, values: Tensor, config: ReleaseConfig) -> Units:

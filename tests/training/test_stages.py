@@ -12,10 +12,12 @@ from dpldm_core.data.ingest import ingest_dataset
 from dpldm_core.data.schema import write_records
 from dpldm_core.errors import CheckpointError
 from dpldm_core.models.classifier import train_classifier
+from dpldm_core.models.teacher import PriorTeacher
 from dpldm_core.presets import resolve_config
 from dpldm_core.privacy.calibration import plan_release
 from dpldm_core.rng import SecretKey
 from dpldm_core.training import building, sampling, stages
+from dpldm_core.training.autoencoder import encode
 from dpldm_core.training.state import load_model
 from tests.tasks.conftest import drawings
 
@@ -336,7 +338,7 @@ def test_stages_that_the_plan_leaves_out_learn_from_procedural_images_alone(trai
     assert set(files["own"]) - same <= priors and not priors <= same
 
 
-def test_private_images_are_decoded_in_batches_of_one_size():
+def test_private_images_are_met_in_batches_of_one_size(monkeypatch):
     """A kernel that is chosen by the size of a batch may round otherwise: a record's pixels would follow the others."""
     sizes = []
 
@@ -352,6 +354,14 @@ def test_private_images_are_decoded_in_batches_of_one_size():
     images = np.random.default_rng(0).integers(0, 256, (7, 4, 4, 1), dtype=np.uint8)
     assert np.array_equal(stages.reconstruct(Copying(), building.to_tensor(images), batch_size=3), images)
     assert sizes == [3, 3, 3]
+    model = torch.nn.Module()
+    model.encoder = Copying()
+    pixels = building.to_tensor(images)
+    assert torch.equal(encode(model, pixels, batch_size=4), pixels) and sizes[3:] == [4, 4]
+    teacher = PriorTeacher((8, 8, 1), 3)
+    monkeypatch.setattr(teacher, "network", Copying())
+    teacher.features(np.zeros((7, 8, 8, 1), np.uint8))
+    assert sizes[5:] == [500]
 
 
 def test_pixels_round_trip():
