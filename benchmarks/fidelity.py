@@ -152,7 +152,7 @@ def main() -> None:
             picture.parent.mkdir(parents=True, exist_ok=True)
             picture.write_bytes(samples_grid_png(images, labels, class_names=train.schema.class_names))
         found = measure(files, (train.images, test.images), extractor, num_images=arguments.num_images)
-        kept = {key: release[key] for key in ("dataset", "preset", "config")}
+        kept = {key: release[key] for key in ("dataset", "preset", "config", "images_sha256")}
         RESULTS.mkdir(parents=True, exist_ok=True)
         path = RESULTS / f"{name}-{extractor.metric}.json"
         path.write_text(json.dumps(kept | found | {"machine": describe_machine()}, indent=1) + "\n")

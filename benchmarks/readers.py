@@ -24,6 +24,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from _machine import describe_machine
 from fidelity import kept_release
 from quality import RESULTS as QUALITY
 
@@ -131,6 +132,7 @@ def _score_sheets(name: str, arguments: argparse.Namespace) -> None:
     RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"{name}.json"
     told = {"readers": arguments.readers, "sheets": len(files)}
+    told |= {"machine": describe_machine()}
     path.write_text(json.dumps(kept | told | totals, indent=1) + "\n")
     print(path, totals)
 
@@ -140,7 +142,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("step", choices=("sheet", "score"))
     parser.add_argument("name", help="result file of benchmarks/quality.py, without .json")
-    parser.add_argument("--out", required=True, help="folder of the sheets")
+    parser.add_argument("--out", default=str(RESULTS / "sheets"), help="folder of the sheets")
     parser.add_argument("--images", help="folder that quality.py --keep was given")
     parser.add_argument("--data-root", help="folder with MNIST and Fashion-MNIST")
     parser.add_argument("--sheets", type=int, default=2, help="how many")

@@ -95,7 +95,9 @@ def presets_table() -> str:
             result = newest[dataset, preset, epsilon]
             accuracy = 100 * result["measured"]["train_on_synthetic_accuracy"]["mean"]
             minutes = f"{result['release_minutes']:.1f} minutes of {_cores_of(result)}"
-            found.append(f"{names[dataset]}, epsilon {epsilon}: {accuracy:.1f}{_moved(result)} % in {minutes}")
+            drawn = f"{result['config']['num_samples']:,}"
+            more = "" if drawn == images else f" with {drawn} images"
+            found.append(f"{names[dataset]}, epsilon {epsilon}: {accuracy:.1f}{_moved(result)} %{more} in {minutes}")
         rows.append(f"| `{preset}` | {purpose} | {images} | {'; '.join(found) or 'no result'} |")
     return "\n".join([*rows, "", _MOVED_NOTE] if any(MOVED in row for row in rows) else rows)
 
@@ -111,19 +113,21 @@ def _oldest_first() -> list[dict]:
 
 
 def stages_table() -> str:
-    """Processor seconds and peak memory in GB of each stage of the same releases."""
-    stages = MADE[2:]
+    """Wall and processor seconds and peak memory in GB of each stage of the same releases."""
+    stages = [*MADE, "evaluate"]
     rows = [
         "| data | epsilon | preset | " + " | ".join(stages) + " | images |",
         "|" + "---|" * (4 + len(stages)),
     ]
     for result in results_of_quality():
         found = [result["stages"][name] for name in stages]
+        peaks = [stage["peak_memory_gb"] for stage in found]
+        so_far = "<" if peaks == sorted(peaks) else ""  # then it is that of the process until the stage's end
         cells = (
             result["dataset"],
             f"{result['config']['epsilon']:g}",
             _preset_of(result),
-            *(f"{stage['cpu_seconds']:.0f}, {stage['peak_memory_gb']:.1f}" for stage in found),
+            *(f"{s['wall_seconds']:.0f}, {s['cpu_seconds']:.0f}, {so_far}{s['peak_memory_gb']:.1f}" for s in found),
             f"{result['config']['num_samples']:,}",
         )
         rows.append("| " + " | ".join(cells) + " |")
@@ -134,7 +138,8 @@ def quality_table() -> str:
     """One row per result file of benchmarks/quality.py."""
     rows = [
         f"| data | epsilon ({USUAL}) | preset | small CNN trained on it: accuracy, sd, max of n, images | on "
-        "real data | Frechet distance / floor | same epsilon, same run: accuracy, distance, processor seconds | "
+        "real data | Frechet distance / floor | same epsilon, same run: accuracy of n classifiers, distance, "
+        "processor seconds | "
         "minutes | machine |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
@@ -148,7 +153,8 @@ def _quality_row(result: dict) -> str:
     frechet = measured[metric]
     deviation = f"{100 * accuracy['std']:.1f}" if accuracy["std"] is not None else "-"
     others = [
-        f"{BASELINES[name]} {100 * found['train_on_synthetic_accuracy']['mean']:.1f}, {found[metric]['distance']:.3g}, "
+        f"{BASELINES[name]} {100 * found['train_on_synthetic_accuracy']['mean']:.1f} of "
+        f"{found['train_on_synthetic_accuracy']['num_seeds']}, {found[metric]['distance']:.3g}, "
         f"{result['stages'][name]['cpu_seconds']:.0f}"
         for name, found in result.get("baselines", {}).items()
     ]
@@ -268,7 +274,7 @@ def fidelity_table() -> str:
         cells = (
             result["dataset"],
             f"{_epsilon_of(result):g}",
-            result["preset"] + _mark(result.get("config")),
+            result["preset"] + (_moved(result) if "config" in result else "") + _mark(result.get("config")),
             f"{result['metric']}, {result['num_images']:,}",
             f"{result['floor']:.3g}",
             f"{release['distance']:.3g}",
@@ -347,7 +353,7 @@ def variety_table() -> str:
         frechet = measured["fd_real_classifier"]
         cells = (
             point["kind"] + _mark(point.get("config")),
-            f"{point['num_records']:,}",
+            f"{measured['num_images']['training']:,}",
             f"{point['epsilon']:.2f}",
             f"{accuracies[0]}, {accuracies[1]}",
             f"{frechet['distance']:.3g} / {frechet['floor']:.3g}",
@@ -403,18 +409,21 @@ def _at(delta: float) -> str:
 def audit_table() -> str:
     """One row per result file of benchmarks/audit.py: bounds of the true code, and which faults exceed the claim."""
     rows = [
-        "| release | claim of the audited stages | its lower bounds: f-DP, GDP | faults seen, of those built in |",
-        "|---|---|---|---|",
+        "| release | claim of the audited stages | its lower bounds: f-DP, GDP | faults seen by f-DP | by GDP alone | "
+        "missed |",
+        "|---|---|---|---|---|---|",
     ]
     results = [json.loads(path.read_text()) for path in sorted((HERE / "results" / "audit").glob("*.json"))]
     for result in sorted(results, key=lambda r: r["epsilon"]):
         whole, faults = result["runs"][-1], result["mutants"]
-        seen = [name for name, fault in faults.items() if fault["seen_by"]]
+        seen = [name for name, fault in faults.items() if "f_dp" in fault["seen_by"]]
+        by_gdp = [name for name, fault in faults.items() if fault["seen_by"] and name not in seen]
+        missed = [name for name, fault in faults.items() if not fault["seen_by"]]
         cells = (
             f"{result['dataset']}, epsilon {result['epsilon']:g}, {result['preset']}",
             f"{result['claim']:.2f}",
             f"{whole['f_dp']:.2f}, {whole['gdp_lower']:.2f}",
-            f"{len(seen)} of {len(faults)}: {', '.join(seen)}",
+            *(", ".join(names) or "none" for names in (seen, by_gdp, missed)),
         )
         rows.append("| " + " | ".join(cells) + " |")
     return "\n".join(rows)
