@@ -112,8 +112,8 @@ def pixel_dpdm(records: Records, config: ReleaseConfig, *, noise_multiplier: flo
     """DPDM (Dockhorn et al. 2023) in a plain configuration: EDM on pixels, trained from scratch by DP-SGD alone.
 
     The release's kind of network, 32 channels wide, on all pixels in patches of 4x4, with the preconditioning of Karras
-    et al. (2022) in the place of a prior, two noise draws a record, and the whole epsilon. It learns about as long as the
-    whole release does: beside preset cpu 2,000 steps of a batch of 256 (DPDM's own takes GPU-hours).
+    et al. (2022) in the place of a prior, two noise draws a record, and the whole epsilon. It learns for about
+    as long as the release takes: beside preset cpu 2,000 steps of a batch of 256 (DPDM's own takes GPU-hours).
 
     Args:
         records: Private records.
