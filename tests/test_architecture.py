@@ -116,10 +116,13 @@ def test_no_global_seed_no_pickle_no_global_precision():
         assert not re.search(r"import pickle|torch\.load\((?!.*weights_only=True)", text), name(path)
         if name(path) != "dpldm_core/privacy/clipping.py":  # sets it for a product, and back
             assert not re.search(r"set_float32_matmul_precision|fp32_precision|allow_tf32", text), name(path)
-        if "torch.manual_seed(" in text:
-            assert "fork_rng" in text, f"{name(path)} seeds the global generator"
+        calls = [found[0] for found in re.finditer(r"\b(torch|np\.random|random)\.(manual_)?seed\(", text)]
+        forked = re.findall(r"with torch\.random\.fork_rng\([^\n]*:\n +torch\.manual_seed\(", text)
+        assert len(calls) == len(forked), f"{name(path)} seeds a global generator"
 
 
 def test_no_registry_host_and_no_path_of_a_machine_in_requirements():
-    for path in (ROOT / "requirements").glob("*.txt"):
+    paths = sorted((ROOT / "requirements").glob("*.txt"))
+    assert paths
+    for path in paths:
         assert not re.search(r"https?://|--index|--find-links|/home/|/root/", path.read_text()), path.name

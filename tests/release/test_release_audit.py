@@ -44,6 +44,10 @@ def test_result_becomes_part_of_the_configuration_and_its_path_does_not(tmp_path
     assert "audit.json" not in resolved.model_dump_json() and "runs" not in resolved.model_dump()["audit"]
 
 
+def test_there_are_committed_audits():
+    assert len(COMMITTED) >= 2
+
+
 @pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.stem)
 def test_committed_audits_clear_the_code_convict_the_mutants_and_can_be_shown(path, tmp_path):
     """``seen_by`` is recomputed. At epsilon 1 a few thousand canaries do not see noise that is half as large."""

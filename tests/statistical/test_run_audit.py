@@ -39,6 +39,7 @@ def loss(model, batch):
 def audited(engine, monkeypatch, *, confidence, num_canaries=3000):
     monkeypatch.setattr(private, "DpSgdEngine", engine)
     audit = CanaryAudit(num_canaries, SecretKey(bytes(range(32))))
+    torch.manual_seed(0)  # of data and first weights; canaries and noise come from the keys
     units = Units(torch.randn(200, 4), torch.zeros(200, dtype=torch.int64), torch.arange(200)[:, None])
     audit.train(
         nn.Linear(4, 4),

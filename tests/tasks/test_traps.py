@@ -13,8 +13,11 @@ from flytekit.core.checkpointer import SyncCheckpoint
 
 from dpldm_core.data.ingest import ingest_dataset
 from tasks import _resources, _tracking
+from tasks.closing import close_failed_release, close_failed_sweep
 from tests.tasks.test_release_pipeline import release, runs
+from workflows.audit import audit_pipeline
 from workflows.release import release_pipeline, resample_pipeline
+from workflows.sweep import sweep_pipeline
 
 METRICS = ("epsilon", "delta", "procedural_loss", "released_latents_loss", "internal.")
 
@@ -58,9 +61,10 @@ def _check_metrics():
 
 def test_no_task_has_a_deck():
     """A deck shows a task's inputs and outputs, and lies beside them in the store."""
-    for workflow in (release_pipeline, resample_pipeline):
+    for workflow in (release_pipeline, resample_pipeline, sweep_pipeline, audit_pipeline):
         tasks = [node.flyte_entity for node in workflow.nodes]
         assert tasks and all(getattr(task, "python_function_task", task).disable_deck for task in tasks)
+    assert close_failed_release.disable_deck and close_failed_sweep.disable_deck
 
 
 def test_private_files_lie_in_folders_of_their_owner_alone():
