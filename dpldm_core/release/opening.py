@@ -254,7 +254,7 @@ def check_useful(config: ReleaseConfig, plan: ReleasePlan, *, num_units: int, nu
         f"epsilon={config.epsilon:g} with {num_units} records of {num_classes} classes: the noise on the mean of a "
         f"class would be {noise:.1f} times the images themselves, and the budget would buy nothing. Use about {enough} "
         f"records, or epsilon of about {config.epsilon * noise:.2g}, or fewer autoencoder.frequencies (config; now "
-        f"{config.autoencoder.frequencies}); every preset begins with these means, and else has little say in their noise"
+        f"{config.autoencoder.frequencies}); every preset begins with these means, and no other one would help much"
     )
 
 
