@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 from flytekit.types.file import FlyteFile
 
 from tasks._resources import GPU_TASK, StageKeys, dpldm_task, inception_weights, work_folder
@@ -20,19 +22,27 @@ def evaluate(release: Release, data: PrivateData, shards: list[Shard]) -> Hashed
         key_of = StageKeys(release, heldout)
         released, classifier = release_accuracy(parts, heldout, config, plan, key_of)
         run.stage(plan, key_of.booked)
-        path, numbers = evaluate_files(
-            parts,
-            data.train.download(),
-            heldout,
-            work_folder("evaluate"),
-            config.evaluation,
-            inception_weights=inception_weights(),
-            synthetic_classifier=classifier,
-        )
         run.params(visibility="internal: computed from private data, not covered by the promise")
+        folder = work_folder("evaluate")
+        try:
+            path, numbers = evaluate_files(
+                parts,
+                data.train.download(),
+                heldout,
+                folder,
+                config.evaluation,
+                inception_weights=inception_weights(),
+                synthetic_classifier=classifier,
+            )
+        except Exception as error:  # noqa: BLE001 - the release is paid for, and nothing of this enters its bundle
+            path, numbers = folder / "evaluation.json", {}
+            path.write_text(json.dumps({"failed": repr(error)}))
+            run.params(failed=repr(error)[:500])
+            print(f"the internal evaluation failed, the release goes on without it: {error!r}")
         run.metrics(**{f"internal.{name}": value for name, value in numbers.items()})
-        print("internal evaluation (stays in your store, not in the bundle):")
-        print("\n".join(f"  {name:32s} {value:.4f}" for name, value in numbers.items()))
+        if numbers:
+            print("internal evaluation (stays in your store, not in the bundle):")
+            print("\n".join(f"  {name:32s} {value:.4f}" for name, value in numbers.items()))
         return Evaluation(
             metrics=FlyteFile(str(path)),
             released_metrics=released,

@@ -354,6 +354,19 @@ def test_unreachable_stores_are_named(machine, small_mnist, ledger, monkeypatch)
     assert runs() == []
 
 
+def test_what_only_measures_takes_no_release_with_it(machine, small_mnist, monkeypatch):
+    """It was paid for, and waits only to be published."""
+
+    def fail(*args, **kwargs):
+        raise MemoryError("three matrices of a gigabyte")
+
+    monkeypatch.setattr("dpldm_core.release.measuring.evaluate_files", fail)
+    result = release(small_mnist, publish_metrics=True)
+    assert verify_bundle(machine / "releases" / result.release_id).report.events[-1].stage == "released_accuracy"
+    [run] = [r for r in runs() if r.info.run_name == "evaluate"]
+    assert run.data.params["failed"] == "MemoryError('three matrices of a gigabyte')"
+
+
 @pytest.mark.parametrize(
     ("broken", "state"),
     [("pretrain_autoencoder", "failed"), ("sample_images", "failed"), ("ingest_dataset", "cancelled")],
