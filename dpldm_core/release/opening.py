@@ -304,9 +304,9 @@ def account_name(dataset: str) -> str:
         )
     if not is_remote(dataset):
         return str(local_path(dataset).resolve())
-    scheme, parsed = scheme_of(dataset), urlsplit(dataset)
-    rest = dataset.partition("://")[2]
+    scheme, rest = scheme_of(dataset), dataset.partition("://")[2]
     if scheme == "http":
+        parsed = urlsplit(dataset)
         if parsed.query or parsed.fragment or parsed.username:
             raise ConfigError(
                 f"dataset={dataset!r} is one of many addresses of its data: name the ledger's account of the data as "

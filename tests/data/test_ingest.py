@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from dpldm_core.data.ingest import ingest_dataset
+from dpldm_core.data.schema import read_records
 from dpldm_core.data.sources import load_dataset
 from dpldm_core.errors import DataError
 
@@ -15,9 +16,30 @@ def write(path, **changes):
     return str(path)
 
 
-def ingest(dataset, folder, schema):
+def ingest(dataset, folder, schema, relation="ADD_OR_REMOVE_ONE"):
     options = {"data_root": None, "cache_dir": None, "num_classes": None}
-    return ingest_dataset(dataset, folder, split_key=b"k", relation="ADD_OR_REMOVE_ONE", schema=schema, **options)
+    return ingest_dataset(dataset, folder, split_key=b"k", relation=relation, schema=schema, **options)
+
+
+@pytest.mark.parametrize("relation", ["ADD_OR_REMOVE_ONE", "REPLACE_ONE"])
+def test_neighbours_of_the_plans_relation_stay_neighbours_in_the_split(tmp_path, relation):
+    """Removed, an image moves no other; replaced, it leaves the sizes, which released latents tell, as they are."""
+    whole = np.random.default_rng(0).integers(0, 256, (60, 8, 8), dtype=np.uint8)
+
+    def training(images):
+        path = write(tmp_path / "x.npz", images=images, labels=np.zeros(len(images), int), group=None)
+        records = read_records(ingest(path, tmp_path, None, relation)[0])
+        return [image.tobytes() for image in records.images]
+
+    before = training(whole)
+    for row in range(12):
+        if relation == "REPLACE_ONE":
+            assert len(training(np.concatenate([whole[:row], 255 - whole[row : row + 1], whole[row + 1 :]]))) == len(
+                before
+            )
+        else:
+            left = training(np.delete(whole, row, axis=0))
+            assert left == [image for image in before if image != whole[row].tobytes()]
 
 
 @pytest.mark.parametrize("changes", [{"group": None}, {"labels": np.arange(40) % 2}, {"labels": None}])

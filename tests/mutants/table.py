@@ -80,7 +80,7 @@ T_ENGINE, T_GUARDS, T_LEDGER, T_NOISE = map(_T.format, ("engine", "guards", "led
 T_DISCRETE, T_ONE_PLACE, T_ONE_SHOT = map(_T.format, ("discrete", "one_place", "one_shot"))
 T_PLAN, T_REPORT = map(_T.format, ("plan", "report"))
 T_RNG, T_SPLIT = "tests/test_rng.py::test_", "tests/data/test_split.py::test_"
-T_SCHEMA, T_SOURCES = (f"tests/data/test_{name}.py::test_" for name in ("schema", "sources"))
+T_SCHEMA, T_SOURCES, T_INGEST = (f"tests/data/test_{name}.py::test_" for name in ("schema", "sources", "ingest"))
 T_LOOP, T_UNITS, T_STAGES = (f"tests/training/test_{name}.py::test_" for name in ("private", "units", "stage_batches"))
 T_DIFFUSION, T_TRAINED = (f"tests/training/test_{name}.py::test_" for name in ("diffusion", "stages"))
 T_MEASURING, T_VERIFY = (f"tests/release/test_release_{name}.py::test_" for name in ("measuring", "verify"))
@@ -959,6 +959,30 @@ MUTANTS = (
         "    if by:\n",
         (f"{T_SPLIT}removing_a_record_moves_no_other",),
     ),
+    Mutant(
+        "the_split_of_another_relation",
+        BEYOND,
+        "dpldm_core/data/ingest.py",
+        '"REPLACE_ONE": "position"',
+        '"REPLACE_ONE": "content"',
+        (f"{T_INGEST}neighbours_of_the_plans_relation_stay_neighbours_in_the_split[REPLACE_ONE]",),
+    ),
+    Mutant(
+        "a_place_within_another_account_opens_one",
+        BEYOND,
+        LEDGER,
+        "                fold(links).check_place(name)\n",
+        "",
+        (f"{T_LEDGER}a_place_within_that_of_another_account_opens_none",),
+    ),
+    Mutant(
+        "the_last_private_batch_has_its_own_size",
+        BEYOND,
+        "dpldm_core/models/batches.py",
+        "function(padded)",
+        "function(chunk)",
+        (f"{T_TRAINED}private_images_are_met_in_batches_of_one_size",),
+    ),
     # Beyond the list: what is published
     Mutant(
         "the_released_accuracy_has_no_noise",
@@ -1028,8 +1052,8 @@ MUTANTS = (
         "each_name_of_a_store_has_an_account",
         BEYOND,
         "dpldm_core/release/opening.py",
-        "{scheme_of(dataset)}",
-        "{dataset.partition('://')[0]}",
+        'scheme, rest = scheme_of(dataset), dataset.partition("://")[2]',
+        'scheme, _, rest = dataset.partition("://")',
         ("tests/release/test_release_opening.py::test_one_account_for_all_spellings_of_a_place",),
     ),
     Mutant(
