@@ -1,8 +1,9 @@
 """Typed artifacts between tasks: files, the run that made them, their privacy events, and whether they are private.
 
 ``events`` is JSON, a list of {stage, event} with dp-accounting's own field names: what the mechanisms that made the
-artifact released. A cache hit or a reload keeps its cost. Tasks return artifacts as ``Hashed...``: Flyte's cache then
-knows them by the content of their files, not by where those lie.
+artifact released, for whoever finds it in a store. A release is billed by its plan, and the ledger must have booked all
+of that. Tasks return artifacts as ``Hashed...``: Flyte's cache then knows them by the content of their files, not by
+where those lie.
 """
 
 from __future__ import annotations
