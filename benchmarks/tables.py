@@ -455,14 +455,24 @@ def dp_step_table() -> str:
 
 
 def overhead_table() -> str:
-    """What benchmarks/overhead.py found, in a sentence."""
-    result = json.loads((HERE / "results" / "overhead.json").read_text())
-    machine, later = result["machine"], len(result["rounds"]) - 1
-    return (
-        "Start-up, imports, bookkeeping and publication of a release, all but its stages and its evaluation, take "
-        f"{result['median_of_later']:.1f} seconds (median of {later}), {result['first']:.0f} where the MLflow store is "
-        f"new ({machine['cores']} cores, {machine['processor']}; `benchmarks/overhead.py`)."
-    )
+    """What benchmarks/overhead.py found: a release without its stages and its evaluation."""
+    rows = [
+        "| data | images | seconds of start-up, imports, input and output, bookkeeping: median of n | where ledger and "
+        "MLflow store are new | machine |",
+        "|---|---|---|---|---|",
+    ]
+    for path in sorted((HERE / "results" / "overhead").glob("*.json")):
+        result = json.loads(path.read_text())
+        later = max(1, len(result["rounds"]) - 1)
+        cells = (
+            result["dataset"],
+            f"{result['num_samples']:,}",
+            f"{result['median_of_later']:.1f} of {later}",
+            f"{result['first']:.1f}",
+            _machine_of(result),
+        )
+        rows.append("| " + " | ".join(cells) + " |")
+    return "\n".join(rows)
 
 
 TABLES = {
