@@ -193,7 +193,7 @@ def decide(request: Request, *, data_root: str | None, cache_dir: str | None) ->
     frequencies = config.autoencoder.frequencies
     latent_dim = schema.channels * min(frequencies, schema.height) * min(frequencies, schema.width)
     plan = plan_release(config, num_classes=schema.num_classes, latent_dim=latent_dim, grouped=schema.grouped)
-    check_measurable(config, plan, num_classes=schema.num_classes, dim=latent_dim)
+    check_measurable(config, plan, schema, latent_dim)
     for mechanism in plan.mechanisms:
         if isinstance(mechanism, DpSgdPlan):
             check_expected_batch(mechanism, loaded.train.num_units, MIN_EXPECTED_BATCH)
@@ -203,24 +203,25 @@ def decide(request: Request, *, data_root: str | None, cache_dir: str | None) ->
     return Decision(request, schema, plan)
 
 
-def check_measurable(config: ReleaseConfig, plan: ReleasePlan, *, num_classes: int, dim: int) -> None:
+def check_measurable(config: ReleaseConfig, plan: ReleasePlan, schema: ImageSchema, dim: int) -> None:
     """Refuse class covariances of more numbers than rounding is charged for.
 
     Args:
         config: The resolved configuration.
         plan: The calibrated plan.
-        num_classes: Public number of classes.
+        schema: Public.
         dim: Dimension of a latent.
 
     Raises:
         ConfigError: There are, with the frequencies that would do.
     """
-    numbers = num_classes * dim * (dim + 1) // 2
+    numbers = schema.num_classes * dim * (dim + 1) // 2
     if COVARIANCES not in plan.stages() or numbers <= MAX_COORDINATES:
         return
-    fewer = math.floor(config.autoencoder.frequencies * (MAX_COORDINATES / numbers) ** 0.25)
+    kept = min(config.autoencoder.frequencies, max(schema.height, schema.width))
+    fewer = math.floor(kept * (MAX_COORDINATES / numbers) ** 0.25)
     raise ConfigError(
-        f"autoencoder.frequencies={config.autoencoder.frequencies} with {num_classes} classes: their covariances would "
+        f"autoencoder.frequencies={config.autoencoder.frequencies} with {schema.num_classes} classes: covariances would "
         f"be {numbers} numbers, and noise is charged for at most {MAX_COORDINATES}. Set {fewer} or less (config)"
     )
 

@@ -40,7 +40,7 @@ def test_an_epsilon_that_drowns_the_data_is_refused_with_what_would_do(tmp_path)
     assert decision(tmp_path, records + records // 5, 0.2)
 
 
-@pytest.mark.parametrize(("side", "classes", "frequencies"), [(32, 4, 32), (32, 100, 20)])
+@pytest.mark.parametrize(("side", "classes", "frequencies"), [(32, 4, 32), (32, 4, 64), (32, 100, 20)])
 def test_covariances_of_too_many_numbers_are_refused_with_what_would_do(tmp_path, side, classes, frequencies):
     """Else the mechanism would refuse them when its epsilon is booked."""
     rng = np.random.default_rng(0)
