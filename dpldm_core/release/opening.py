@@ -221,8 +221,8 @@ def check_measurable(config: ReleaseConfig, plan: ReleasePlan, schema: ImageSche
     kept = min(config.autoencoder.frequencies, max(schema.height, schema.width))
     fewer = math.floor(kept * (MAX_COORDINATES / numbers) ** 0.25)
     raise ConfigError(
-        f"autoencoder.frequencies={config.autoencoder.frequencies} with {schema.num_classes} classes: covariances would "
-        f"be {numbers} numbers, and noise is charged for at most {MAX_COORDINATES}. Set {fewer} or less (config)"
+        f"autoencoder.frequencies={config.autoencoder.frequencies} with {schema.num_classes} classes: covariances of "
+        f"{numbers} numbers, where noise is charged for at most {MAX_COORDINATES}. Set {fewer} or less (config)"
     )
 
 
